@@ -1,0 +1,3 @@
+//! The tour: every crate does its real job on real input.
+
+fn main() {}

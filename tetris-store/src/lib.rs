@@ -1,0 +1,13 @@
+//! One copy of every tensor on the machine, whoever loads it.
+
+mod element;
+mod error;
+mod id;
+mod manifest;
+mod source;
+
+pub use element::{BlockType, ElementType};
+pub use error::{Error, Result};
+pub use id::{Domain, ModelId, ObjectId, TensorId};
+pub use manifest::{Manifest, Sidecar, SourceFormat, TensorEntry};
+pub use source::{ModelSource, SourceTensor};
