@@ -3,11 +3,13 @@
 mod element;
 mod error;
 mod id;
+mod lifecycle;
 mod manifest;
 mod source;
 
 pub use element::{BlockType, ElementType};
 pub use error::{Error, Result};
 pub use id::{Domain, ModelId, ObjectId, TensorId};
+pub use lifecycle::{Event, IllegalTransition, Lifecycle, Moment};
 pub use manifest::{Manifest, Sidecar, SourceFormat, TensorEntry};
 pub use source::{ModelSource, SourceTensor};
