@@ -41,6 +41,35 @@ pub enum Error {
         why: String,
     },
 
+    /// A model names a file outside of its folder. Nothing of it was opened.
+    #[error("{}: the model names `{location}`, which is not in its folder: {why}", folder.display())]
+    OutsideModel {
+        /// The model's folder.
+        folder: PathBuf,
+        /// The name, cut to 200 characters.
+        location: String,
+        /// Which rule it breaks.
+        why: &'static str,
+    },
+
+    /// There is no model there.
+    #[error("{} is not a model: {why}", path.display())]
+    NotAModel {
+        /// What was opened.
+        path: PathBuf,
+        /// Why it is none.
+        why: &'static str,
+    },
+
+    /// Something that should be a file is none.
+    #[error("{} is {kind}, not a file: copy the model into a file first", path.display())]
+    NotAFile {
+        /// Where it is.
+        path: PathBuf,
+        /// What it is instead.
+        kind: &'static str,
+    },
+
     /// The operating system refused a step.
     #[error("cannot {what} {}: {source}", path.display())]
     Io {

@@ -12,4 +12,7 @@ pub use error::{Error, Result};
 pub use id::{Domain, ModelId, ObjectId, TensorId};
 pub use lifecycle::{Event, IllegalTransition, Lifecycle, Moment};
 pub use manifest::{Manifest, Sidecar, SourceFormat, TensorEntry};
-pub use source::{ModelSource, SourceTensor};
+pub use source::{
+    GgufSource, ModelSource, OnnxSource, SafetensorsSource, SourceTensor, open_model,
+    open_model_from,
+};

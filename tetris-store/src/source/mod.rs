@@ -1,10 +1,29 @@
 //! Model files as a list of tensors that can be read piece by piece.
 
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
 use carlsbad_types::Shape;
 
 use crate::element::ElementType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::manifest::{Sidecar, SourceFormat};
+
+pub(crate) mod file;
+mod gguf;
+pub(crate) mod onnx;
+pub(crate) mod safetensors;
+pub(crate) mod wire;
+
+use file::ModelFile;
+pub use gguf::GgufSource;
+pub use onnx::OnnxSource;
+pub use safetensors::SafetensorsSource;
+
+/// Most tensors a model may have. The largest models published have around 100,000.
+const MAX_TENSORS: usize = 1 << 20;
+/// Longest name of a tensor, in bytes.
+const MAX_NAME: usize = 4096;
 
 /// A tensor that a model file declares. A source has checked it: `len` is the size that element
 /// type and shape ask for, and the file holds that many bytes.
@@ -42,4 +61,104 @@ pub trait ModelSource: Send + Sync {
     /// # Errors
     /// [`Error::Io`](crate::Error::Io) where one cannot be read.
     fn sidecars(&self) -> Result<Vec<Sidecar>>;
+}
+
+/// Opens the model at `path`, whatever its name: a safetensors, ONNX or GGUF file is told by its
+/// content. In a folder, a safetensors model comes first; else there must be just one `.onnx` or
+/// `.gguf` file.
+///
+/// # Errors
+/// [`Error::NotAModel`] for a file of no known format; else what the format's own `open` says.
+pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
+    if !path.is_dir() {
+        return open_model_file(ModelFile::open(path)?, true);
+    }
+    if path.join(safetensors::INDEX).exists() || path.join("model.safetensors").exists() {
+        return Ok(Box::new(SafetensorsSource::open(path)?));
+    }
+    let mut models: Vec<PathBuf> = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(Error::io("list", path))? {
+        let file = entry.map_err(Error::io("list", path))?.path();
+        let extension = file.extension().and_then(|extension| extension.to_str());
+        if matches!(extension, Some("safetensors" | "onnx" | "gguf")) {
+            models.push(file);
+        }
+    }
+    match models.as_slice() {
+        [model] => open_model_file(ModelFile::open(model)?, true),
+        [] => Err(Error::NotAModel {
+            path: path.to_owned(),
+            why: "the folder has no .safetensors, .onnx or .gguf file",
+        }),
+        _ => Err(Error::NotAModel {
+            path: path.to_owned(),
+            why: "the folder has several models and no model.safetensors.index.json: name one",
+        }),
+    }
+}
+
+/// Opens the model in an open file, such as one that another process passed on. `path` is for
+/// messages; an ONNX model's external data is not looked for.
+///
+/// # Errors
+/// As [`open_model`].
+pub fn open_model_from(file: File, path: &Path) -> Result<Box<dyn ModelSource>> {
+    open_model_file(ModelFile::from_file(file, path)?, false)
+}
+
+fn open_model_file(file: ModelFile, named: bool) -> Result<Box<dyn ModelSource>> {
+    let mut start = [0; 9];
+    let held = start.len().min(file.len() as usize);
+    file.read_exact_at(0, &mut start[..held])?;
+    if start.starts_with(gguf::MAGIC) {
+        return Ok(Box::new(GgufSource::from_model_file(file)?));
+    }
+    // A header is at most 100 MB, so the upper four bytes of its length are zero; it opens with `{`.
+    if held == 9 && start[4..8] == [0; 4] && start[8] == b'{' {
+        return Ok(Box::new(SafetensorsSource::from_model_file(file)?));
+    }
+    // An ONNX model is a protobuf message, which has no magic number: its first field has a number
+    // of ModelProto's and a wire type that goes with it.
+    if held > 0 && onnx::may_begin(start[0]) {
+        return Ok(Box::new(OnnxSource::from_model_file(file, named)?));
+    }
+    Err(Error::NotAModel {
+        path: file.path().to_owned(),
+        why: "its first bytes are those of no safetensors, ONNX or GGUF file",
+    })
+}
+
+/// What is wrong with a tensor's name, if anything.
+fn check_name(name: &str) -> std::result::Result<(), String> {
+    if name.is_empty() {
+        Err("a tensor without a name".to_owned())
+    } else if name.len() > MAX_NAME {
+        Err(format!(
+            "a tensor's name of {} bytes is over the limit of {MAX_NAME}",
+            name.len()
+        ))
+    } else if name.contains('\0') {
+        Err(format!("the tensor name {name:?} contains a NUL"))
+    } else {
+        Ok(())
+    }
+}
+
+/// Nothing but a tensor's own bytes is ever read as its bytes.
+fn check_read(
+    tensors: &[SourceTensor],
+    index: usize,
+    offset: u64,
+    into: &[u8],
+    path: &Path,
+) -> Result<()> {
+    let end = offset.checked_add(into.len() as u64);
+    match (tensors.get(index), end) {
+        (Some(tensor), Some(end)) if end <= tensor.len => Ok(()),
+        _ => Err(Error::Io {
+            what: "read beyond a tensor's end in",
+            path: path.to_owned(),
+            source: std::io::ErrorKind::InvalidInput.into(),
+        }),
+    }
 }

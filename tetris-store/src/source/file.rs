@@ -1,0 +1,355 @@
+//! Files of a model: opened so that nothing hangs and nothing leaves the model's folder, read by
+//! position.
+
+use std::ffi::OsStr;
+use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::sys::stat::Mode;
+
+use crate::error::{Error, Result};
+
+/// A FIFO without a writer must not hang us, and a terminal must not become ours.
+const FLAGS: OFlag = OFlag::O_RDONLY
+    .union(OFlag::O_NONBLOCK)
+    .union(OFlag::O_NOCTTY)
+    .union(OFlag::O_CLOEXEC);
+
+/// Longest path that the kernel takes (PATH_MAX).
+const MAX_LOCATION: usize = 4096;
+
+/// A regular file that is read by position. Its length is what it was when it was opened.
+#[derive(Debug)]
+pub(crate) struct ModelFile {
+    path: PathBuf,
+    file: File,
+    len: u64,
+}
+
+impl ModelFile {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(FLAGS.bits())
+            .open(path)
+            .map_err(Error::io("open", path))?;
+        Self::from_file(file, path)
+    }
+
+    /// `path` is for messages only.
+    pub(crate) fn from_file(file: File, path: &Path) -> Result<Self> {
+        let meta = file.metadata().map_err(Error::io("inspect", path))?;
+        let kind = meta.file_type();
+        if !kind.is_file() {
+            return Err(Error::NotAFile {
+                path: path.to_owned(),
+                kind: if kind.is_dir() {
+                    "a folder"
+                } else if kind.is_fifo() {
+                    "a FIFO"
+                } else if kind.is_socket() {
+                    "a socket"
+                } else {
+                    "a device"
+                },
+            });
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            len: meta.len(),
+            file,
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    pub(crate) fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.file
+            .read_exact_at(into, offset)
+            .map_err(Error::io("read", &self.path))
+    }
+
+    /// The `len` bytes from `offset` on, which must be within the file: what is allocated is never
+    /// more than there is to read.
+    pub(crate) fn read_vec(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
+        let within = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        let size = usize::try_from(len).ok().filter(|_| within);
+        let mut bytes = vec![
+            0;
+            size.ok_or_else(|| Error::Io {
+                what: "read",
+                path: self.path.clone(),
+                source: std::io::ErrorKind::UnexpectedEof.into(),
+            })?
+        ];
+        self.read_exact_at(offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    pub(crate) fn bad(&self, format: &'static str, why: impl Into<String>) -> Error {
+        Error::BadModel {
+            path: self.path.clone(),
+            format,
+            why: why.into(),
+        }
+    }
+}
+
+/// The folder that a model's files must stay in.
+///
+/// A snapshot in a Hugging Face cache is a folder of links to `../../blobs`: there, the repository
+/// (the folder of `snapshots` and `blobs`) is what files must stay in.
+#[derive(Debug)]
+pub(crate) struct ModelFolder {
+    /// Nothing outside is ever opened.
+    root: OwnedFd,
+    /// From `root` to the folder.
+    prefix: PathBuf,
+    path: PathBuf,
+}
+
+impl ModelFolder {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let real = path.canonicalize().map_err(Error::io("open", path))?;
+        let root = real
+            .ancestors()
+            .filter(|folder| folder.file_name() == Some(OsStr::new("snapshots")))
+            .filter_map(Path::parent)
+            .find(|repository| repository.join("blobs").is_dir())
+            .unwrap_or(&real);
+        let prefix = real.strip_prefix(root).unwrap_or(Path::new("")).to_owned();
+        let root = OpenOptions::new()
+            .read(true)
+            .custom_flags((FLAGS | OFlag::O_DIRECTORY).bits())
+            .open(root)
+            .map_err(Error::io("open", root))?;
+        Ok(Self {
+            root: root.into(),
+            prefix,
+            path: path.to_owned(),
+        })
+    }
+
+    /// The folder that `file` is in.
+    pub(crate) fn of(file: &Path) -> Result<Self> {
+        match file.parent() {
+            Some(parent) if parent != Path::new("") => Self::open(parent),
+            _ => Self::open(Path::new(".")),
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens what a model calls `location`.
+    ///
+    /// # Errors
+    /// [`Error::OutsideModel`] where it is absolute, has `..`, or a link leads out of the folder.
+    pub(crate) fn file(&self, location: &str) -> Result<ModelFile> {
+        let outside = |why| Error::OutsideModel {
+            folder: self.path.clone(),
+            location: location.chars().take(200).collect(),
+            why,
+        };
+        if location.is_empty() || location.len() > MAX_LOCATION {
+            return Err(outside("a name has 1 to 4,096 bytes"));
+        }
+        if location.contains('\0') {
+            return Err(outside("a name has no NUL"));
+        }
+        let inside = Path::new(location)
+            .components()
+            .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+        if !inside {
+            return Err(outside("a name is relative and has no `..`"));
+        }
+        let shown = self.path.join(location);
+        let below = self.prefix.join(location);
+        let how = OpenHow::new()
+            .flags(FLAGS)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        let opened = match openat2(&self.root, &below, how) {
+            // Before Linux 5.6, or kept from us by a seccomp filter that does not know the call.
+            Err(Errno::ENOSYS | Errno::EPERM) => self.walk(&below),
+            other => other,
+        };
+        match opened {
+            Ok(file) => ModelFile::from_file(file.into(), &shown),
+            Err(Errno::EXDEV | Errno::ELOOP) => Err(outside("a link leads out of the folder")),
+            Err(errno) => Err(Error::io("open", shown)(errno.into())),
+        }
+    }
+
+    /// What `openat2` does, less links, which are refused: one component after the other.
+    fn walk(&self, below: &Path) -> nix::Result<OwnedFd> {
+        let mut parts: Vec<&OsStr> = below
+            .components()
+            .filter_map(|part| match part {
+                Component::Normal(name) => Some(name),
+                _ => None,
+            })
+            .collect();
+        let last = parts.pop().ok_or(Errno::EISDIR)?;
+        let step = FLAGS | OFlag::O_NOFOLLOW;
+        let mut folder = self.root.try_clone().map_err(|_| Errno::EMFILE)?;
+        for part in parts {
+            folder = openat(&folder, part, step | OFlag::O_DIRECTORY, Mode::empty())?;
+        }
+        openat(&folder, last, step, Mode::empty())
+    }
+}
+
+/// A file's bytes through a small buffer, for parsers that step from field to field and skip the
+/// weights between.
+#[derive(Debug)]
+pub(crate) struct Window<'a> {
+    file: &'a ModelFile,
+    bytes: Vec<u8>,
+    start: u64,
+}
+
+impl<'a> Window<'a> {
+    const SIZE: u64 = 64 << 10;
+
+    pub(crate) fn new(file: &'a ModelFile) -> Self {
+        Self {
+            file,
+            bytes: Vec::new(),
+            start: 0,
+        }
+    }
+
+    pub(crate) fn file(&self) -> &'a ModelFile {
+        self.file
+    }
+
+    /// Up to `len` (at most 64 KiB) bytes from `offset` on: fewer only at the end of the file.
+    pub(crate) fn peek(&mut self, offset: u64, len: usize) -> Result<&[u8]> {
+        let wanted = (len as u64)
+            .min(Self::SIZE)
+            .min(self.file.len.saturating_sub(offset));
+        if wanted == 0 {
+            return Ok(&[]);
+        }
+        let held = self.start + self.bytes.len() as u64;
+        if offset < self.start || offset + wanted > held {
+            let size = Self::SIZE.min(self.file.len.saturating_sub(offset));
+            self.bytes = self.file.read_vec(offset, size)?;
+            self.start = offset;
+        }
+        let from = (offset - self.start) as usize;
+        Ok(&self.bytes[from..from + wanted as usize])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn open_both_ways(folder: &ModelFolder, location: &str) -> [bool; 2] {
+        [
+            folder.file(location).is_ok(),
+            folder.walk(&folder.prefix.join(location)).is_ok(),
+        ]
+    }
+
+    #[test]
+    fn nothing_outside_the_folder_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("secret"), "s").unwrap();
+        let model = dir.path().join("model");
+        std::fs::create_dir_all(model.join("sub")).unwrap();
+        std::fs::write(model.join("sub/weights"), "w").unwrap();
+        symlink("../secret", model.join("out")).unwrap();
+        symlink(dir.path().join("secret"), model.join("absolute")).unwrap();
+        symlink("..", model.join("up")).unwrap();
+        symlink("loop", model.join("loop")).unwrap();
+        symlink("sub/weights", model.join("inside")).unwrap();
+        let folder = ModelFolder::open(&model).unwrap();
+        assert_eq!(open_both_ways(&folder, "sub/weights"), [true; 2]);
+        assert_eq!(open_both_ways(&folder, "./sub/./weights"), [true; 2]);
+        assert!(folder.file("inside").is_ok());
+        for location in ["out", "absolute", "up/secret", "loop"] {
+            let refused = folder.file(location);
+            assert!(
+                matches!(refused, Err(Error::OutsideModel { .. })),
+                "{refused:?}"
+            );
+            assert!(folder.walk(Path::new(location)).is_err(), "{location}");
+        }
+        let huge = "a/".repeat(3000);
+        for location in [
+            "../secret",
+            "sub/../../secret",
+            "/etc/passwd",
+            "a\0b",
+            "",
+            &huge,
+        ] {
+            let refused = folder.file(location);
+            assert!(
+                matches!(refused, Err(Error::OutsideModel { .. })),
+                "{refused:?}"
+            );
+        }
+        assert!(matches!(folder.file("sub"), Err(Error::NotAFile { .. })));
+        assert!(matches!(folder.file("absent"), Err(Error::Io { .. })));
+    }
+
+    #[test]
+    fn a_cache_of_links_to_blobs_is_one_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let repository = dir.path().join("models--a--b");
+        let snapshot = repository.join("snapshots/0123");
+        std::fs::create_dir_all(&snapshot).unwrap();
+        std::fs::create_dir(repository.join("blobs")).unwrap();
+        std::fs::write(repository.join("blobs/ff"), "w").unwrap();
+        std::fs::write(dir.path().join("secret"), "s").unwrap();
+        symlink("../../blobs/ff", snapshot.join("weights")).unwrap();
+        symlink("../../../secret", snapshot.join("out")).unwrap();
+        let folder = ModelFolder::open(&snapshot).unwrap();
+        assert_eq!(folder.file("weights").unwrap().len(), 1);
+        assert!(folder.file("out").is_err());
+    }
+
+    #[test]
+    fn a_fifo_does_not_hang_the_caller() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+        assert!(matches!(
+            ModelFile::open(&fifo),
+            Err(Error::NotAFile { kind: "a FIFO", .. })
+        ));
+        assert!(ModelFolder::open(dir.path()).unwrap().file("fifo").is_err());
+    }
+
+    #[test]
+    fn a_window_shows_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bytes");
+        let bytes: Vec<u8> = (0..200_000u32).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let file = ModelFile::open(&path).unwrap();
+        let mut window = Window::new(&file);
+        for at in [0, 65_530, 10, 199_995, 65_536, 200_000] {
+            let end = (at + 16).min(bytes.len());
+            assert_eq!(window.peek(at as u64, 16).unwrap(), &bytes[at..end]);
+        }
+        assert!(window.peek(u64::MAX, 16).unwrap().is_empty());
+        assert!(file.read_vec(199_999, 2).is_err());
+        assert!(file.read_vec(u64::MAX, 2).is_err());
+    }
+}

@@ -1,0 +1,896 @@
+//! ONNX: a graph whose initializers are the tensors.
+//!
+//! The initializers of the main graph become tensors, wherever their bytes are (`raw_data`, a typed
+//! field, or external data). The rest of the file becomes the sidecar `model.onnx`: the same bytes,
+//! in which only those initializers lack their data. Field numbers are those of `onnx.proto`
+//! (github.com/onnx/onnx, IR version 11).
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+
+use carlsbad_types::{DType, Shape};
+
+use super::file::{ModelFile, ModelFolder};
+use super::wire::{Field, Value, Wire, put_bytes};
+use super::{MAX_NAME, MAX_TENSORS, ModelSource, SourceTensor, check_name, check_read};
+use crate::element::ElementType;
+use crate::error::Result;
+use crate::manifest::{Sidecar, SourceFormat};
+
+const FORMAT: &str = "ONNX";
+/// The sidecar that is the graph without its weights.
+pub(crate) const GRAPH: &str = "model.onnx";
+/// What a graph may take without its weights. Protobuf itself ends at 2 GiB, weights included.
+const MAX_GRAPH: usize = 256 << 20;
+/// What may be decoded from typed fields of variable length; `raw_data` is not decoded.
+const MAX_DECODED: u64 = 256 << 20;
+const MAX_RANK: usize = 64;
+/// How deep graphs may be nested in attributes (`If` within `Loop` within ...).
+const MAX_DEPTH: usize = 32;
+/// Longest key or value of an external data entry, in bytes: PATH_MAX.
+const MAX_VALUE: u64 = 4096;
+
+/// Field numbers, by message.
+pub(crate) mod number {
+    pub(crate) mod model {
+        pub(crate) const GRAPH: u32 = 7;
+        pub(crate) const TRAINING_INFO: u32 = 20;
+        pub(crate) const FUNCTIONS: u32 = 25;
+    }
+    pub(crate) mod graph {
+        pub(crate) const NODE: u32 = 1;
+        pub(crate) const INITIALIZER: u32 = 5;
+        pub(crate) const SPARSE_INITIALIZER: u32 = 15;
+    }
+    pub(crate) mod training {
+        pub(crate) const INITIALIZATION: u32 = 1;
+        pub(crate) const ALGORITHM: u32 = 2;
+    }
+    pub(crate) mod function {
+        pub(crate) const NODE: u32 = 7;
+    }
+    pub(crate) mod node {
+        pub(crate) const ATTRIBUTE: u32 = 5;
+    }
+    pub(crate) mod attribute {
+        pub(crate) const TENSOR: u32 = 5;
+        pub(crate) const GRAPH: u32 = 6;
+        pub(crate) const TENSORS: u32 = 10;
+        pub(crate) const GRAPHS: u32 = 11;
+        pub(crate) const SPARSE_TENSOR: u32 = 22;
+        pub(crate) const SPARSE_TENSORS: u32 = 23;
+    }
+    pub(crate) mod sparse {
+        pub(crate) const VALUES: u32 = 1;
+        pub(crate) const INDICES: u32 = 2;
+    }
+    pub(crate) mod tensor {
+        pub(crate) const DIMS: u32 = 1;
+        pub(crate) const DATA_TYPE: u32 = 2;
+        pub(crate) const SEGMENT: u32 = 3;
+        pub(crate) const FLOAT_DATA: u32 = 4;
+        pub(crate) const INT32_DATA: u32 = 5;
+        pub(crate) const STRING_DATA: u32 = 6;
+        pub(crate) const INT64_DATA: u32 = 7;
+        pub(crate) const NAME: u32 = 8;
+        pub(crate) const RAW_DATA: u32 = 9;
+        pub(crate) const DOUBLE_DATA: u32 = 10;
+        pub(crate) const UINT64_DATA: u32 = 11;
+        pub(crate) const EXTERNAL_DATA: u32 = 13;
+        pub(crate) const DATA_LOCATION: u32 = 14;
+    }
+    pub(crate) mod entry {
+        pub(crate) const KEY: u32 = 1;
+        pub(crate) const VALUE: u32 = 2;
+    }
+}
+use number::{attribute, entry, function, graph, model, node, sparse, tensor, training};
+
+/// Whether a file that starts with `key` may be a `ModelProto`.
+pub(crate) fn may_begin(key: u8) -> bool {
+    // Keys of fields 1 (ir_version) and 5 (model_version) are varints, the others
+    // length-delimited; fields from 16 on have longer keys and never come first in practice.
+    matches!(key, 0x08 | 0x28) || (key & 7 == 2 && matches!(key >> 3, 2..=4 | 6..=8 | 14))
+}
+
+/// `TensorProto.DataType`: the element type where the store has a name for it, the bits of one
+/// element, and the bytes each entry of the typed data field stands for.
+#[derive(Debug, Clone, Copy)]
+struct DataType {
+    dtype: Option<DType>,
+    bits: u64,
+    typed_field: u32,
+    typed_bytes: usize,
+}
+
+impl DataType {
+    const STRING: u64 = 8;
+
+    fn from_code(code: u64) -> Option<Self> {
+        let (dtype, bits, typed_field, typed_bytes) = match code {
+            1 => (Some(DType::F32), 32, tensor::FLOAT_DATA, 4),
+            2 => (Some(DType::U8), 8, tensor::INT32_DATA, 1),
+            3 => (Some(DType::I8), 8, tensor::INT32_DATA, 1),
+            4 => (Some(DType::U16), 16, tensor::INT32_DATA, 2),
+            5 => (Some(DType::I16), 16, tensor::INT32_DATA, 2),
+            6 => (Some(DType::I32), 32, tensor::INT32_DATA, 4),
+            7 => (Some(DType::I64), 64, tensor::INT64_DATA, 8),
+            9 => (Some(DType::Bool), 8, tensor::INT32_DATA, 1),
+            10 => (Some(DType::F16), 16, tensor::INT32_DATA, 2),
+            11 => (Some(DType::F64), 64, tensor::DOUBLE_DATA, 8),
+            12 => (Some(DType::U32), 32, tensor::UINT64_DATA, 4),
+            13 => (Some(DType::U64), 64, tensor::UINT64_DATA, 8),
+            // Complex numbers: pairs of floats or doubles.
+            14 => (None, 64, tensor::FLOAT_DATA, 4),
+            15 => (None, 128, tensor::DOUBLE_DATA, 8),
+            16 => (Some(DType::BF16), 16, tensor::INT32_DATA, 2),
+            17 => (Some(DType::F8E4M3), 8, tensor::INT32_DATA, 1),
+            19 => (Some(DType::F8E5M2), 8, tensor::INT32_DATA, 1),
+            // FLOAT8E4M3FNUZ, FLOAT8E5M2FNUZ, FLOAT8E8M0.
+            18 | 20 | 24 => (None, 8, tensor::INT32_DATA, 1),
+            // UINT4, INT4, FLOAT4E2M1: two to a byte, the first in the lower half.
+            21..=23 => (None, 4, tensor::INT32_DATA, 1),
+            // UINT2, INT2: four to a byte.
+            25 | 26 => (None, 2, tensor::INT32_DATA, 1),
+            _ => return None,
+        };
+        Some(Self {
+            dtype,
+            bits,
+            typed_field,
+            typed_bytes,
+        })
+    }
+}
+
+#[derive(Debug)]
+enum Place {
+    /// In the file itself.
+    Inside(u64),
+    /// In external file `.0`.
+    Outside(usize, u64),
+    /// Decoded from fields of variable length.
+    Decoded(Vec<u8>),
+}
+
+/// An ONNX model.
+///
+/// Element types that the store has no name for (complex, 4-bit and 2-bit numbers, the FNUZ and
+/// E8M0 floats) are taken as the bytes they are: `U8` of one extent; the graph keeps their real type
+/// and shape. String tensors, sparse ones, and those in attributes and subgraphs stay in the graph.
+#[derive(Debug)]
+pub struct OnnxSource {
+    file: ModelFile,
+    external: Vec<ModelFile>,
+    tensors: Vec<SourceTensor>,
+    places: Vec<Place>,
+    graph: Vec<u8>,
+}
+
+impl OnnxSource {
+    /// The model at `path`. Its external data must be in the same folder or below.
+    ///
+    /// # Errors
+    /// [`Error::BadModel`](crate::Error::BadModel), [`Error::NotAFile`](crate::Error::NotAFile),
+    /// [`Error::Io`](crate::Error::Io), and [`Error::OutsideModel`](crate::Error::OutsideModel)
+    /// where external data leaves the folder.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::from_model_file(ModelFile::open(path)?, true)
+    }
+
+    /// The model in an open file, all of it: external data is refused. `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`OnnxSource::open`].
+    pub fn from_file(file: File, path: &Path) -> Result<Self> {
+        Self::from_model_file(ModelFile::from_file(file, path)?, false)
+    }
+
+    pub(crate) fn from_model_file(file: ModelFile, named: bool) -> Result<Self> {
+        let mut parser = Parser {
+            wire: Wire::new(FORMAT, &file),
+            named,
+            external: ExternalFiles::default(),
+            names: HashSet::new(),
+            initializers: Vec::new(),
+            decoded: 0,
+        };
+        let graph = parser.model(0..file.len())?;
+        let Parser {
+            external,
+            mut initializers,
+            ..
+        } = parser;
+        // File order of each file is the order in which reading is cheapest.
+        initializers.sort_by_key(|(_, place)| match place {
+            Place::Decoded(_) => (0, 0),
+            Place::Inside(offset) => (1, *offset),
+            Place::Outside(file, offset) => (2 + file, *offset),
+        });
+        let (tensors, places) = initializers.into_iter().unzip();
+        Ok(Self {
+            external: external.files,
+            file,
+            tensors,
+            places,
+            graph,
+        })
+    }
+}
+
+impl ModelSource for OnnxSource {
+    fn format(&self) -> SourceFormat {
+        SourceFormat::Onnx
+    }
+
+    fn tensors(&self) -> &[SourceTensor] {
+        &self.tensors
+    }
+
+    fn read_at(&self, index: usize, offset: u64, into: &mut [u8]) -> Result<()> {
+        check_read(&self.tensors, index, offset, into, self.file.path())?;
+        match &self.places[index] {
+            Place::Inside(start) => self.file.read_exact_at(start + offset, into),
+            Place::Outside(file, start) => self.external[*file].read_exact_at(start + offset, into),
+            Place::Decoded(bytes) => {
+                let start = offset as usize;
+                into.copy_from_slice(&bytes[start..start + into.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    fn sidecars(&self) -> Result<Vec<Sidecar>> {
+        Ok(vec![Sidecar {
+            name: GRAPH.to_owned(),
+            bytes: self.graph.clone(),
+        }])
+    }
+}
+
+/// The external files opened so far, by the name the model has for them.
+#[derive(Default)]
+struct ExternalFiles {
+    folder: Option<ModelFolder>,
+    files: Vec<ModelFile>,
+    by_location: HashMap<String, usize>,
+}
+
+impl ExternalFiles {
+    fn open(&mut self, model: &ModelFile, location: String) -> Result<usize> {
+        if let Some(&known) = self.by_location.get(&location) {
+            return Ok(known);
+        }
+        let folder = match &mut self.folder {
+            Some(folder) => folder,
+            none => none.insert(ModelFolder::of(model.path())?),
+        };
+        self.files.push(folder.file(&location)?);
+        let number = self.files.len() - 1;
+        self.by_location.insert(location, number);
+        Ok(number)
+    }
+}
+
+/// What an initializer says, before it is judged.
+#[derive(Default)]
+struct Initializer {
+    name: Option<String>,
+    dims: Vec<usize>,
+    data_type: Option<u64>,
+    raw: Option<Range<u64>>,
+    /// Each occurrence of a typed data field.
+    typed: Vec<Field>,
+    external: bool,
+    location: Option<String>,
+    offset: Option<u64>,
+    length: Option<u64>,
+    /// All but the data.
+    stripped: Vec<u8>,
+}
+
+struct Parser<'a> {
+    wire: Wire<'a>,
+    named: bool,
+    external: ExternalFiles,
+    names: HashSet<String>,
+    initializers: Vec<(SourceTensor, Place)>,
+    decoded: u64,
+}
+
+impl Parser<'_> {
+    /// The model without its weights.
+    fn model(&mut self, mut message: Range<u64>) -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        let mut kept = message.start..message.start;
+        let mut seen = false;
+        while let Some(field) = self.wire.next(&mut message)? {
+            match (field.number, &field.value) {
+                (model::GRAPH, Value::Bytes(body)) => {
+                    if std::mem::replace(&mut seen, true) {
+                        return Err(self.wire.bad("more than one graph"));
+                    }
+                    self.keep(&kept, &mut out)?;
+                    let graph = self.graph(body.clone())?;
+                    put_bytes(model::GRAPH, &graph, &mut out);
+                    kept.start = field.whole.end;
+                }
+                (model::TRAINING_INFO | model::FUNCTIONS, Value::Bytes(body)) => {
+                    let kind = match field.number {
+                        model::FUNCTIONS => Kind::Function,
+                        _ => Kind::Training,
+                    };
+                    self.refuse_external(body.clone(), kind, 0)?;
+                }
+                _ => {}
+            }
+            kept.end = field.whole.end;
+        }
+        if !seen {
+            return Err(self.wire.bad("no graph in it"));
+        }
+        self.keep(&kept, &mut out)?;
+        Ok(out)
+    }
+
+    /// The graph without its weights.
+    fn graph(&mut self, mut message: Range<u64>) -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        let mut kept = message.start..message.start;
+        while let Some(field) = self.wire.next(&mut message)? {
+            match (field.number, &field.value) {
+                (graph::INITIALIZER, Value::Bytes(body)) => {
+                    if let Some(stripped) = self.initializer(body.clone())? {
+                        self.keep(&kept, &mut out)?;
+                        put_bytes(graph::INITIALIZER, &stripped, &mut out);
+                        kept.start = field.whole.end;
+                    }
+                }
+                (graph::NODE, Value::Bytes(body)) => {
+                    self.refuse_external(body.clone(), Kind::Node, 0)?;
+                }
+                (graph::SPARSE_INITIALIZER, Value::Bytes(body)) => {
+                    self.refuse_external(body.clone(), Kind::Sparse, 0)?;
+                }
+                _ => {}
+            }
+            kept.end = field.whole.end;
+        }
+        self.keep(&kept, &mut out)?;
+        Ok(out)
+    }
+
+    /// Appends part of the file as it is.
+    fn keep(&self, part: &Range<u64>, out: &mut Vec<u8>) -> Result<()> {
+        let len = part.end.saturating_sub(part.start);
+        if len == 0 {
+            return Ok(());
+        }
+        if out.len() as u64 + len > MAX_GRAPH as u64 {
+            return Err(self.wire.bad(
+                "the graph takes more than 256 MiB without its initializers: \
+                 turn large Constant nodes into initializers",
+            ));
+        }
+        out.extend(self.wire.file().read_vec(part.start, len)?);
+        Ok(())
+    }
+
+    /// Takes an initializer's data as a tensor, and returns what is left of it; or `None` where it
+    /// stays as it is.
+    fn initializer(&mut self, message: Range<u64>) -> Result<Option<Vec<u8>>> {
+        let found = self.read_initializer(message)?;
+        let name = found.name.unwrap_or_default();
+        check_name(&name).map_err(|why| self.wire.bad(why))?;
+        let about = |why: String| self.wire.bad(format!("initializer `{name}`: {why}"));
+        if !self.names.insert(name.clone()) {
+            return Err(about("it stands there twice".into()));
+        }
+        if self.names.len() > MAX_TENSORS {
+            return Err(about(format!("more than {MAX_TENSORS} initializers")));
+        }
+        let code = found.data_type.unwrap_or(0);
+        if code == DataType::STRING {
+            if found.external {
+                return Err(about("strings cannot be external data".into()));
+            }
+            return Ok(None);
+        }
+        let data_type = DataType::from_code(code)
+            .ok_or_else(|| about(format!("{code} is no known data type")))?;
+        let shape = Shape::from(found.dims);
+        let (element, shape, len) = match data_type.dtype {
+            Some(dtype) => {
+                let element = ElementType::Plain(dtype);
+                let len = element.byte_size(&shape)?.get();
+                (element, shape, len)
+            }
+            None => {
+                let bits = shape
+                    .elements()
+                    .and_then(|elements| (elements as u64).checked_mul(data_type.bits));
+                let len = bits
+                    .map(|bits| bits.div_ceil(8))
+                    .ok_or_else(|| about(format!("its shape {shape} has no size")))?;
+                let bytes = usize::try_from(len).map_err(|why| about(why.to_string()))?;
+                (DType::U8.into(), Shape::from([bytes]), len)
+            }
+        };
+
+        let forms = usize::from(found.raw.is_some())
+            + usize::from(!found.typed.is_empty())
+            + usize::from(found.external);
+        if forms > 1 {
+            return Err(about("its data is there in two forms".into()));
+        }
+        let place = if found.external {
+            if !self.named {
+                return Err(about(
+                    "its data is in another file, which cannot be found from an open file: \
+                     open the model by its path"
+                        .into(),
+                ));
+            }
+            let location = found
+                .location
+                .ok_or_else(|| about("external data without a location".into()))?;
+            let file = self.external.open(self.wire.file(), location)?;
+            let held = self.external.files[file].len();
+            let offset = found.offset.unwrap_or(0);
+            let length = found.length.unwrap_or(len);
+            if length != len {
+                return Err(about(format!(
+                    "{length} bytes of external data instead of {len}"
+                )));
+            }
+            if offset.checked_add(len).is_none_or(|end| end > held) {
+                return Err(about(format!(
+                    "external data at {offset} of {len} bytes in a file of {held}"
+                )));
+            }
+            Place::Outside(file, offset)
+        } else if let Some(raw) = found.raw {
+            let held = raw.end - raw.start;
+            if held != len {
+                return Err(about(format!("{held} bytes of data instead of {len}")));
+            }
+            Place::Inside(raw.start)
+        } else {
+            self.typed(&name, data_type, &found.typed, len)?
+        };
+        self.initializers.push((
+            SourceTensor {
+                name,
+                element,
+                shape,
+                len,
+            },
+            place,
+        ));
+        Ok(Some(found.stripped))
+    }
+
+    fn read_initializer(&mut self, mut message: Range<u64>) -> Result<Initializer> {
+        let mut found = Initializer::default();
+        let mut rank = 0;
+        let mut kept = message.start..message.start;
+        while let Some(field) = self.wire.next(&mut message)? {
+            let mut data = false;
+            match (field.number, &field.value) {
+                (tensor::DIMS, value) => {
+                    let mut packed = match value {
+                        Value::Bytes(packed) => packed.clone(),
+                        _ => 0..0,
+                    };
+                    if let Value::Varint(extent) = value {
+                        found.dims.push(self.extent(*extent)?);
+                        rank += 1;
+                    }
+                    while !packed.is_empty() && rank <= MAX_RANK {
+                        let extent = self.wire.varint(&mut packed)?;
+                        found.dims.push(self.extent(extent)?);
+                        rank += 1;
+                    }
+                    if rank > MAX_RANK {
+                        return Err(self.wire.bad(format!("more than {MAX_RANK} extents")));
+                    }
+                }
+                (tensor::DATA_TYPE, Value::Varint(code)) => found.data_type = Some(*code),
+                (tensor::NAME, Value::Bytes(bytes)) => {
+                    let name = self.wire.text(bytes, MAX_NAME as u64)?;
+                    if found.name.replace(name).is_some() {
+                        return Err(self.wire.bad("an initializer with two names"));
+                    }
+                }
+                (tensor::SEGMENT, _) => {
+                    return Err(self.wire.bad("an initializer in segments"));
+                }
+                (tensor::RAW_DATA, Value::Bytes(bytes)) => {
+                    if found.raw.replace(bytes.clone()).is_some() {
+                        return Err(self.wire.bad("an initializer with raw_data twice"));
+                    }
+                    data = true;
+                }
+                (
+                    tensor::FLOAT_DATA
+                    | tensor::INT32_DATA
+                    | tensor::INT64_DATA
+                    | tensor::DOUBLE_DATA
+                    | tensor::UINT64_DATA,
+                    _,
+                ) => {
+                    found.typed.push(field.clone());
+                    data = true;
+                }
+                (tensor::STRING_DATA, _) => {}
+                (tensor::EXTERNAL_DATA, Value::Bytes(bytes)) => {
+                    self.external_entry(bytes.clone(), &mut found)?;
+                    data = true;
+                }
+                (tensor::DATA_LOCATION, Value::Varint(location)) => {
+                    found.external = *location == 1;
+                    data = true;
+                }
+                _ => {}
+            }
+            if data {
+                self.keep(&kept, &mut found.stripped)?;
+                kept.start = field.whole.end;
+            }
+            kept.end = field.whole.end;
+        }
+        self.keep(&kept, &mut found.stripped)?;
+        Ok(found)
+    }
+
+    fn extent(&self, extent: u64) -> Result<usize> {
+        // dims are int64: what has the top bit is negative.
+        i64::try_from(extent)
+            .ok()
+            .and_then(|extent| usize::try_from(extent).ok())
+            .ok_or_else(|| self.wire.bad(format!("{} is no extent", extent as i64)))
+    }
+
+    fn external_entry(&mut self, mut message: Range<u64>, found: &mut Initializer) -> Result<()> {
+        let (mut key, mut value) = (String::new(), String::new());
+        while let Some(field) = self.wire.next(&mut message)? {
+            match (field.number, &field.value) {
+                (entry::KEY, Value::Bytes(bytes)) => key = self.wire.text(bytes, MAX_VALUE)?,
+                (entry::VALUE, Value::Bytes(bytes)) => value = self.wire.text(bytes, MAX_VALUE)?,
+                _ => {}
+            }
+        }
+        let number = || {
+            value
+                .parse()
+                .map_err(|_| self.wire.bad(format!("external data {key} `{value}`")))
+        };
+        let twice = match key.as_str() {
+            "location" => found.location.replace(value).is_some(),
+            "offset" => found.offset.replace(number()?).is_some(),
+            "length" => found.length.replace(number()?).is_some(),
+            _ => false,
+        };
+        if twice {
+            return Err(self.wire.bad("external data with a key twice"));
+        }
+        Ok(())
+    }
+
+    /// Data in a typed field. On a little-endian machine, packed floats are what they are in
+    /// memory; integers are varints and must be decoded.
+    fn typed(
+        &mut self,
+        name: &str,
+        data_type: DataType,
+        fields: &[Field],
+        len: u64,
+    ) -> Result<Place> {
+        let wrong = |wire: &Wire<'_>, why: String| wire.bad(format!("initializer `{name}`: {why}"));
+        if let Some(field) = fields
+            .iter()
+            .find(|field| field.number != data_type.typed_field)
+        {
+            let why = format!("field {} is not for its data type", field.number);
+            return Err(wrong(&self.wire, why));
+        }
+        let fixed = matches!(
+            data_type.typed_field,
+            tensor::FLOAT_DATA | tensor::DOUBLE_DATA
+        );
+        if let (
+            [
+                Field {
+                    value: Value::Bytes(bytes),
+                    ..
+                },
+            ],
+            true,
+        ) = (fields, fixed)
+        {
+            let held = bytes.end - bytes.start;
+            if held != len {
+                let why = format!("{held} bytes of data instead of {len}");
+                return Err(wrong(&self.wire, why));
+            }
+            if cfg!(target_endian = "little") {
+                return Ok(Place::Inside(bytes.start));
+            }
+        }
+        // Each entry takes at least a byte of the file, so no more can be decoded than eight times
+        // what is there.
+        let held: u64 = fields
+            .iter()
+            .map(|field| field.whole.end - field.whole.start)
+            .sum();
+        if len > held.saturating_mul(data_type.typed_bytes as u64) {
+            return Err(wrong(&self.wire, format!("fewer than {len} bytes of data")));
+        }
+        self.decoded += len;
+        if self.decoded > MAX_DECODED {
+            let why = "more than 256 MiB in typed fields: save the model with raw_data".to_owned();
+            return Err(wrong(&self.wire, why));
+        }
+        let mut bytes = Vec::with_capacity(len as usize);
+        for field in fields {
+            match &field.value {
+                Value::Varint(value) if !fixed => {
+                    bytes.extend_from_slice(&value.to_le_bytes()[..data_type.typed_bytes]);
+                }
+                Value::Fixed(number) if fixed => {
+                    bytes.extend(
+                        self.wire
+                            .file()
+                            .read_vec(number.start, number.end - number.start)?,
+                    );
+                }
+                Value::Bytes(packed) if fixed => {
+                    let held = packed.end - packed.start;
+                    if held > len {
+                        break;
+                    }
+                    bytes.extend(self.wire.file().read_vec(packed.start, held)?);
+                }
+                Value::Bytes(packed) => {
+                    let mut packed = packed.clone();
+                    while !packed.is_empty() && bytes.len() as u64 <= len {
+                        let value = self.wire.varint(&mut packed)?;
+                        bytes.extend_from_slice(&value.to_le_bytes()[..data_type.typed_bytes]);
+                    }
+                }
+                _ => return Err(wrong(&self.wire, "data of another wire type".into())),
+            }
+            if bytes.len() as u64 > len {
+                break;
+            }
+        }
+        if bytes.len() as u64 != len {
+            return Err(wrong(
+                &self.wire,
+                format!("not the {len} bytes of data it needs"),
+            ));
+        }
+        Ok(Place::Decoded(bytes))
+    }
+
+    /// Tensors below the main graph stay where they are, so their data must be there as well.
+    fn refuse_external(&mut self, mut message: Range<u64>, kind: Kind, depth: usize) -> Result<()> {
+        if depth > MAX_DEPTH {
+            return Err(self.wire.bad(format!("nested deeper than {MAX_DEPTH}")));
+        }
+        while let Some(field) = self.wire.next(&mut message)? {
+            match &field.value {
+                Value::Bytes(body) => {
+                    if let Some(inner) = kind.within(field.number) {
+                        self.refuse_external(body.clone(), inner, depth + 1)?;
+                    }
+                }
+                Value::Varint(1)
+                    if matches!(kind, Kind::Tensor) && field.number == tensor::DATA_LOCATION =>
+                {
+                    return Err(self.wire.bad(
+                        "external data in a subgraph, an attribute or a sparse tensor: \
+                         save the model with those inline",
+                    ));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Messages that a tensor can be in.
+#[derive(Clone, Copy)]
+enum Kind {
+    Training,
+    Function,
+    Graph,
+    Node,
+    Attribute,
+    Sparse,
+    Tensor,
+}
+
+impl Kind {
+    /// What the length-delimited field `number` of this message is, if a tensor can be in it.
+    fn within(self, number: u32) -> Option<Self> {
+        match (self, number) {
+            (Self::Training, training::INITIALIZATION | training::ALGORITHM)
+            | (Self::Attribute, attribute::GRAPH | attribute::GRAPHS) => Some(Self::Graph),
+            (Self::Function, function::NODE) | (Self::Graph, graph::NODE) => Some(Self::Node),
+            (Self::Node, node::ATTRIBUTE) => Some(Self::Attribute),
+            (Self::Graph, graph::INITIALIZER)
+            | (Self::Attribute, attribute::TENSOR | attribute::TENSORS)
+            | (Self::Sparse, sparse::VALUES | sparse::INDICES) => Some(Self::Tensor),
+            (Self::Graph, graph::SPARSE_INITIALIZER)
+            | (Self::Attribute, attribute::SPARSE_TENSOR | attribute::SPARSE_TENSORS) => {
+                Some(Self::Sparse)
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::wire::put_varint;
+
+    /// The smallest model with the given initializers.
+    pub(crate) fn model_of(initializers: &[Vec<u8>]) -> Vec<u8> {
+        let mut graph = Vec::new();
+        put_bytes(2, b"g", &mut graph);
+        for initializer in initializers {
+            put_bytes(number::graph::INITIALIZER, initializer, &mut graph);
+        }
+        let mut model = Vec::new();
+        put_varint(1, 8, &mut model);
+        put_bytes(number::model::GRAPH, &graph, &mut model);
+        put_bytes(200, b"from the future", &mut model);
+        model
+    }
+
+    fn initializer(name: &str, code: u64, dims: &[u64]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for &extent in dims {
+            put_varint(tensor::DIMS, extent, &mut out);
+        }
+        put_varint(tensor::DATA_TYPE, code, &mut out);
+        put_bytes(tensor::NAME, name.as_bytes(), &mut out);
+        out
+    }
+
+    fn open(bytes: &[u8]) -> Result<OnnxSource> {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, bytes).unwrap();
+        OnnxSource::from_file(file, Path::new("model.onnx"))
+    }
+
+    fn data(source: &OnnxSource, name: &str) -> (SourceTensor, Vec<u8>) {
+        let index = source
+            .tensors()
+            .iter()
+            .position(|tensor| tensor.name == name)
+            .unwrap();
+        let tensor = source.tensors()[index].clone();
+        let mut bytes = vec![0; tensor.len as usize];
+        source.read_at(index, 0, &mut bytes).unwrap();
+        (tensor, bytes)
+    }
+
+    #[test]
+    fn data_is_found_in_every_form() {
+        let mut raw = initializer("raw", 1, &[2]);
+        put_bytes(tensor::RAW_DATA, &[1, 2, 3, 4, 5, 6, 7, 8], &mut raw);
+        let mut floats = initializer("floats", 1, &[1, 2]);
+        let packed: Vec<u8> = [1.5f32, -2.0]
+            .iter()
+            .flat_map(|x| x.to_le_bytes())
+            .collect();
+        put_bytes(tensor::FLOAT_DATA, &packed, &mut floats);
+        let mut one_by_one = initializer("unpacked", 7, &[2]);
+        put_varint(tensor::INT64_DATA, 5, &mut one_by_one);
+        put_varint(tensor::INT64_DATA, (-5i64) as u64, &mut one_by_one);
+        let mut halves = initializer("halves", 10, &[2]);
+        put_bytes(tensor::INT32_DATA, &[0x80, 0x78, 1], &mut halves);
+        let mut nibbles = initializer("nibbles", 22, &[3]);
+        put_bytes(tensor::RAW_DATA, &[0x21, 0x03], &mut nibbles);
+        let mut scalar = initializer("scalar", 9, &[]);
+        put_bytes(tensor::INT32_DATA, &[1], &mut scalar);
+        let empty = initializer("empty", 1, &[0, 7]);
+        let mut text = initializer("text", 8, &[1]);
+        put_bytes(tensor::STRING_DATA, b"hello", &mut text);
+        let model = model_of(&[
+            raw, floats, one_by_one, halves, nibbles, scalar, empty, text,
+        ]);
+        let source = open(&model).unwrap();
+        assert_eq!(source.tensors().len(), 7);
+        assert_eq!(data(&source, "raw").1, [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(data(&source, "floats").1, packed);
+        let signed = data(&source, "unpacked").1;
+        assert_eq!(signed[..8], 5i64.to_le_bytes());
+        assert_eq!(signed[8..], (-5i64).to_le_bytes());
+        assert_eq!(data(&source, "halves").1, [0, 0x3c, 1, 0]);
+        let (nibbles, bytes) = data(&source, "nibbles");
+        assert_eq!((nibbles.shape, bytes), (Shape::from([2]), vec![0x21, 0x03]));
+        let (scalar, bytes) = data(&source, "scalar");
+        assert_eq!((scalar.shape.rank(), bytes), (0, vec![1]));
+        assert!(data(&source, "empty").1.is_empty());
+
+        // What is left opens again as a model: all but the string lacks its data.
+        let graph = &source.sidecars().unwrap()[0].bytes;
+        let has = |text: &[u8]| graph.windows(text.len()).any(|window| window == text);
+        assert!(has(b"hello") && has(b"from the future") && has(b"floats"));
+        assert!(!has(&packed));
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        let with = |field: u32, bytes: &[u8]| {
+            let mut out = initializer("x", 1, &[2]);
+            put_bytes(field, bytes, &mut out);
+            out
+        };
+        let raw = with(tensor::RAW_DATA, &[0; 8]);
+        let mut two_forms = raw.clone();
+        put_bytes(tensor::FLOAT_DATA, &[0; 8], &mut two_forms);
+        let mut external = initializer("x", 1, &[2]);
+        put_varint(tensor::DATA_LOCATION, 1, &mut external);
+        let mut endless = initializer("x", 1, &[1 << 40, 1 << 40]);
+        put_bytes(tensor::RAW_DATA, &[0; 8], &mut endless);
+        let mut many = initializer("x", 1, &[1; 65]);
+        put_bytes(tensor::RAW_DATA, &[0; 4], &mut many);
+        for bad in [
+            vec![raw.clone(), raw.clone()],
+            vec![with(tensor::RAW_DATA, &[0; 7])],
+            vec![with(tensor::FLOAT_DATA, &[0; 12])],
+            vec![with(tensor::INT64_DATA, &[0; 2])],
+            vec![initializer("x", 1, &[2])],
+            vec![initializer("x", 1, &[u64::MAX])],
+            vec![initializer("x", 99, &[0])],
+            vec![initializer("", 1, &[0])],
+            vec![initializer("a\0b", 1, &[0])],
+            vec![initializer(&"n".repeat(5000), 1, &[0])],
+            vec![two_forms],
+            vec![external],
+            vec![endless],
+            vec![many],
+        ] {
+            let refused = open(&model_of(&bad));
+            assert!(refused.is_err(), "{refused:?}");
+        }
+        assert!(open(&model_of(&[raw])).is_ok());
+        assert!(open(&[]).is_err());
+    }
+
+    #[test]
+    fn nesting_ends() {
+        // A graph in an attribute of a node of a graph ...: 200 deep.
+        let mut inner = Vec::new();
+        put_bytes(2, b"innermost", &mut inner);
+        let nest = |mut inner: Vec<u8>, depth: usize| {
+            for _ in 0..depth {
+                let mut attribute = Vec::new();
+                put_bytes(attribute::GRAPH, &inner, &mut attribute);
+                let mut node = Vec::new();
+                put_bytes(node::ATTRIBUTE, &attribute, &mut node);
+                inner = Vec::new();
+                put_bytes(graph::NODE, &node, &mut inner);
+            }
+            let mut model = Vec::new();
+            put_bytes(model::GRAPH, &inner, &mut model);
+            model
+        };
+        assert!(open(&nest(inner.clone(), 5)).is_ok());
+        assert!(open(&nest(inner, 200)).is_err());
+
+        let mut external = initializer("x", 1, &[2]);
+        put_varint(tensor::DATA_LOCATION, 1, &mut external);
+        let mut below = Vec::new();
+        put_bytes(graph::INITIALIZER, &external, &mut below);
+        assert!(open(&nest(below, 2)).is_err());
+    }
+}
