@@ -223,7 +223,7 @@ impl Capability {
                 None => State::Missing("no Python here has it".to_owned()),
             },
             C::Data => {
-                let marker = cache_dir().join("data").join("complete");
+                let marker = data_dir().join(DATA_COMPLETE);
                 State::of(marker.exists(), "models", || marker.display().to_string())
             }
         }
@@ -280,6 +280,16 @@ pub fn cache_dir() -> PathBuf {
         None => std::env::temp_dir().join("carlsbad-cache"),
     }
 }
+
+/// The directory of the larger models, as `cargo xtask data` fills it: `minilm-gt` and
+/// `minilm-model`, each with `model.safetensors`, `config.json` and `tokenizer.json`. Ask for
+/// [`Capability::Data`] first.
+pub fn data_dir() -> PathBuf {
+    cache_dir().join("data")
+}
+
+/// The file in [`data_dir`] that says that every model is there.
+pub const DATA_COMPLETE: &str = "complete";
 
 /// The Python interpreters in which peers are looked for: `CARLSBAD_PYTHON` alone where it is set,
 /// else the environment that `cargo xtask peers --install` makes, Debian's, and the first on PATH.
