@@ -78,6 +78,28 @@ impl ElementType {
         }
     }
 
+    /// The element type of that name.
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
+        if let Ok(dtype) = name.parse::<DType>() {
+            return Some(Self::Plain(dtype));
+        }
+        let block = BlockType::ALL.iter().find(|block| block.name() == name)?;
+        Some(Self::Block(*block))
+    }
+
+    /// The alignment at which elements can be read in place, in bytes; every tensor's size is a
+    /// multiple of it.
+    pub const fn alignment(self) -> usize {
+        match self {
+            Self::Plain(dtype) => dtype.size(),
+            // ggml reads blocks through structs, whose alignment divides their size.
+            Self::Block(block) => {
+                let natural = 1 << block.block_bytes().trailing_zeros();
+                if natural < 8 { natural } else { 8 }
+            }
+        }
+    }
+
     /// Bytes of a dense tensor of this type and shape.
     ///
     /// # Errors

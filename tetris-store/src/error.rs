@@ -1,7 +1,10 @@
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use carlsbad_types::Shape;
+use carlsbad_types::{ByteSize, Shape};
+
+use crate::id::ModelId;
 
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -70,6 +73,107 @@ pub enum Error {
         kind: &'static str,
     },
 
+    /// Bytes that should be a manifest are none.
+    #[error("not a model's manifest: {why}")]
+    BadManifest {
+        /// The first thing that is wrong.
+        why: String,
+    },
+
+    /// The directory is not a store this version can use.
+    #[error("{}: not a store for this configuration: {why}", path.display())]
+    NotAStore {
+        /// The store's root.
+        path: PathBuf,
+        /// What is different.
+        why: String,
+    },
+
+    /// No model goes by this id, id prefix or label.
+    #[error("no model `{name}` in the store: ingest it first, or list the models it has")]
+    UnknownModel {
+        /// What was asked for.
+        name: String,
+    },
+
+    /// An id prefix fits several models.
+    #[error("`{prefix}` fits {count} models: give more digits")]
+    AmbiguousModel {
+        /// The prefix.
+        prefix: String,
+        /// How many models it fits.
+        count: usize,
+    },
+
+    /// The model has no tensor of this name.
+    #[error("model {model:.12} has no tensor `{name}`")]
+    UnknownTensor {
+        /// The model.
+        model: ModelId,
+        /// The name that was asked for.
+        name: String,
+    },
+
+    /// A label that cannot be used.
+    #[error(
+        "`{label}` is no label: use 1 to 128 of A-Z a-z 0-9 . _ - + @ and do not begin with a dot"
+    )]
+    BadLabel {
+        /// The label, cut to 128 characters.
+        label: String,
+    },
+
+    /// A stored file is missing or not what its name says.
+    #[error("{} is damaged: {why}; ingest the model again to repair it", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+
+    /// The store may not grow by that much.
+    #[error(
+        "{need} more would exceed the quota: {used} of {quota} are in use; raise the quota, or reclaim"
+    )]
+    QuotaExceeded {
+        /// What was to be added.
+        need: ByteSize,
+        /// What is stored or reserved.
+        used: ByteSize,
+        /// The most there may be.
+        quota: ByteSize,
+    },
+
+    /// The file system is full, or the process may not write files of that size.
+    #[error("no space to {what} {}: {why}", path.display())]
+    NoSpace {
+        /// What was tried, as a verb.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Which limit was met.
+        why: String,
+    },
+
+    /// The store can be read but not written to by this process.
+    #[error("{}: this process may only read the store: let the agent or the store's owner do it", path.display())]
+    ReadOnly {
+        /// The store's root.
+        path: PathBuf,
+    },
+
+    /// Somebody held a lock for longer than the caller was ready to wait.
+    #[error("{}: still {what} after {waited:?}", path.display())]
+    Busy {
+        /// What the holder is taken to be doing.
+        what: &'static str,
+        /// What is locked.
+        path: PathBuf,
+        /// How long was waited.
+        waited: Duration,
+    },
+
     /// The operating system refused a step.
     #[error("cannot {what} {}: {source}", path.display())]
     Io {
@@ -83,12 +187,30 @@ pub enum Error {
 }
 
 impl Error {
-    /// For `map_err`: an [`Error::Io`] that says what was tried on what.
-    pub(crate) fn io(
+    /// For `map_err`: an error that says what was tried on what. A full file system and one that
+    /// is mounted read-only get errors of their own.
+    pub(crate) fn io<E: Into<io::Error>>(
         what: &'static str,
         path: impl Into<PathBuf>,
-    ) -> impl FnOnce(io::Error) -> Self {
+    ) -> impl FnOnce(E) -> Self {
         let path = path.into();
-        move |source| Self::Io { what, path, source }
+        move |source| {
+            let source = source.into();
+            match source.kind() {
+                io::ErrorKind::StorageFull
+                | io::ErrorKind::QuotaExceeded
+                | io::ErrorKind::FileTooLarge => {
+                    let why = source.to_string();
+                    Self::NoSpace { what, path, why }
+                }
+                io::ErrorKind::ReadOnlyFilesystem => Self::ReadOnly { path },
+                _ => Self::Io { what, path, source },
+            }
+        }
+    }
+
+    /// Whether this is the operating system saying `kind`.
+    pub(crate) fn is_io(&self, kind: io::ErrorKind) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == kind)
     }
 }

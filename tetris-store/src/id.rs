@@ -52,6 +52,11 @@ macro_rules! content_id {
                 &self.0
             }
 
+            /// The id with this digest.
+            pub(crate) fn from_slice(digest: &[u8]) -> Option<Self> {
+                digest.try_into().ok().map(Self)
+            }
+
             pub(crate) fn finish(hasher: &blake3::Hasher) -> Self {
                 Self(*hasher.finalize().as_bytes())
             }
@@ -111,9 +116,15 @@ content_id!(
 );
 
 impl TensorId {
-    /// A hasher that has taken in all of a tensor but its bytes. Feed it those in row-major order
-    /// and end with [`TensorId::finish`].
-    pub(crate) fn hasher(domain: &Domain, element: ElementType, shape: &Shape) -> blake3::Hasher {
+    /// The identity of a dense tensor in row-major order whose bytes have the BLAKE3 digest
+    /// `content`. That digest is taken over the bytes alone, so that the subtrees of one large
+    /// tensor can be hashed on several threads (BLAKE3 §2.1).
+    pub(crate) fn from_content(
+        domain: &Domain,
+        element: ElementType,
+        shape: &Shape,
+        content: &blake3::Hash,
+    ) -> Self {
         let mut hasher = domain.hasher("tensor");
         // Length-prefixed, so that no two (type, shape) pairs feed the same bytes.
         let name = element.name();
@@ -122,13 +133,31 @@ impl TensorId {
         for &extent in shape.dims() {
             hasher.update(&(extent as u64).to_le_bytes());
         }
-        hasher
+        hasher.update(content.as_bytes());
+        Self::finish(&hasher)
     }
 
     /// The identity of a dense tensor held in memory.
     pub fn of(domain: &Domain, element: ElementType, shape: &Shape, bytes: &[u8]) -> Self {
-        let mut hasher = Self::hasher(domain, element, shape);
-        hasher.update(bytes);
+        Self::from_content(domain, element, shape, &blake3::hash(bytes))
+    }
+}
+
+impl ObjectId {
+    /// The file that holds this one tensor. Its name in a model plays no part.
+    pub(crate) fn single(tensor: &TensorId) -> Self {
+        let mut hasher = Domain::default().hasher("single object");
+        hasher.update(tensor.as_bytes());
+        Self::finish(&hasher)
+    }
+
+    /// The file that holds these tensors under these names, in this order.
+    pub(crate) fn pack<'a>(members: impl Iterator<Item = (&'a str, &'a TensorId)>) -> Self {
+        let mut hasher = Domain::default().hasher("pack object");
+        for (name, tensor) in members {
+            hasher.update(&(name.len() as u64).to_le_bytes());
+            hasher.update(name.as_bytes()).update(tensor.as_bytes());
+        }
         Self::finish(&hasher)
     }
 }

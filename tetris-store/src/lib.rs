@@ -1,18 +1,34 @@
 //! One copy of every tensor on the machine, whoever loads it.
 
+mod attach;
+mod backing;
+mod content;
 mod element;
 mod error;
+mod hint;
 mod id;
+mod ingest;
+mod label;
+mod lease;
 mod lifecycle;
+mod lock;
 mod manifest;
+mod object;
+mod publish;
+mod root;
 mod source;
+mod stamp;
+mod store;
 
+pub use attach::{SharedModel, TensorRef};
 pub use element::{BlockType, ElementType};
 pub use error::{Error, Result};
 pub use id::{Domain, ModelId, ObjectId, TensorId};
+pub use ingest::{IngestOptions, Ingested, Progress};
 pub use lifecycle::{Event, IllegalTransition, Lifecycle, Moment};
 pub use manifest::{Manifest, Sidecar, SourceFormat, TensorEntry};
 pub use source::{
     GgufSource, ModelSource, OnnxSource, SafetensorsSource, SourceTensor, open_model,
     open_model_from,
 };
+pub use store::{Stats, Store, StoreConfig, StoredModel};

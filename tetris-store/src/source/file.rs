@@ -187,7 +187,7 @@ impl ModelFolder {
         match opened {
             Ok(file) => ModelFile::from_file(file.into(), &shown),
             Err(Errno::EXDEV | Errno::ELOOP) => Err(outside("a link leads out of the folder")),
-            Err(errno) => Err(Error::io("open", shown)(errno.into())),
+            Err(errno) => Err(Error::io("open", shown)(errno)),
         }
     }
 

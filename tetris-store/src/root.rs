@@ -1,0 +1,181 @@
+//! The store's directory: what is where, and which version wrote it.
+//!
+//! ```text
+//! FORMAT    version, domain and backing: who differs is refused
+//! lock      flock: shared for a commit, exclusive for a sweep, both short
+//! objects/  stored files by object id
+//! models/   manifests by model id; a shared flock on one is a lease
+//! names/    label -> model id, as symbolic links
+//! hints/    fingerprint -> object id, as symbolic links
+//! tmp/      claims on fills, reservations
+//! ```
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::unistd::{AccessFlags, access};
+
+use crate::backing::{name, unnamed};
+use crate::error::{Error, Result};
+use crate::id::{Domain, ModelId};
+use crate::lock::{Lock, wait_lock};
+
+/// The directory and what this process may do there.
+#[derive(Debug)]
+pub(crate) struct Root {
+    pub(crate) path: PathBuf,
+    writable: bool,
+}
+
+impl Root {
+    /// Opens the store in `path`, and makes one there if there is none and this process may.
+    pub(crate) fn open(path: &Path, domain: &Domain, backing: &str) -> Result<Self> {
+        let format = format!(
+            "tetris-store 1\nbacking {backing}\ndomain {}\n",
+            domain.name().escape_default()
+        );
+        let format_path = path.join("FORMAT");
+        if !format_path.exists() {
+            Self::create(path, &format)?;
+        }
+        let found = fs::read_to_string(&format_path).map_err(Error::io("read", &format_path))?;
+        if found != format {
+            let why = format!("it says {found:?}, wanted is {format:?}");
+            return Err(Error::NotAStore {
+                path: path.to_owned(),
+                why,
+            });
+        }
+        let writable = access(&path.join("tmp"), AccessFlags::W_OK | AccessFlags::X_OK).is_ok();
+        Ok(Self {
+            path: path.to_owned(),
+            writable,
+        })
+    }
+
+    fn create(path: &Path, format: &str) -> Result<()> {
+        let public = |dir: &Path| {
+            let made = DirBuilder::new().recursive(true).mode(0o755).create(dir);
+            made.map_err(Error::io("create", dir))
+        };
+        public(path)?;
+        let foreign = fs::read_dir(path)
+            .map_err(Error::io("list", path))?
+            .filter_map(std::result::Result::ok)
+            .any(|entry| !DIRECTORIES.iter().any(|dir| entry.file_name() == *dir));
+        if foreign && !path.join("FORMAT").exists() {
+            let why = "it holds something else; give an empty or a new directory".to_owned();
+            return Err(Error::NotAStore {
+                path: path.to_owned(),
+                why,
+            });
+        }
+        for dir in DIRECTORIES {
+            public(&path.join(dir))?;
+        }
+        // Last, and whole: where there is a FORMAT there is all the rest.
+        let format_path = path.join("FORMAT");
+        let failed = |error| Error::io("create", &format_path)(error);
+        let mut file = unnamed(path).map_err(failed)?;
+        file.write_all(format.as_bytes()).map_err(failed)?;
+        readable(&file).map_err(failed)?;
+        // False: somebody else was faster, and his is compared with ours next.
+        name(&file, &format_path).map(|_| ()).map_err(failed)
+    }
+
+    /// Fails where this process may only read.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.writable {
+            Ok(())
+        } else {
+            Err(Error::ReadOnly {
+                path: self.path.clone(),
+            })
+        }
+    }
+
+    /// Whether this process may write here.
+    pub(crate) const fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Takes the store's lock; closing the file gives it back.
+    pub(crate) fn lock(&self, lock: Lock, patience: Duration) -> Result<File> {
+        self.check_writable()?;
+        let path = self.path.join("lock");
+        // For the owner alone: readers who could lock it could hold up every sweep.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(Error::io("open", &path))?;
+        if wait_lock(&file, lock, &path, patience)? {
+            return Ok(file);
+        }
+        let what = match lock {
+            Lock::Shared => "being swept",
+            Lock::Exclusive => "in use by commits or another sweep",
+        };
+        Err(Error::Busy {
+            what,
+            path,
+            waited: patience,
+        })
+    }
+
+    pub(crate) fn objects(&self) -> PathBuf {
+        self.path.join("objects")
+    }
+
+    pub(crate) fn models(&self) -> PathBuf {
+        self.path.join("models")
+    }
+
+    pub(crate) fn model(&self, id: &ModelId) -> PathBuf {
+        self.path.join(format!("models/{id}"))
+    }
+
+    pub(crate) fn names(&self) -> PathBuf {
+        self.path.join("names")
+    }
+
+    pub(crate) fn hints(&self) -> PathBuf {
+        self.path.join("hints")
+    }
+
+    pub(crate) fn tmp(&self) -> PathBuf {
+        self.path.join("tmp")
+    }
+}
+
+const DIRECTORIES: [&str; 5] = ["objects", "models", "names", "hints", "tmp"];
+
+/// Lets everybody read `file`, whatever the umask.
+pub(crate) fn readable(file: &File) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(fs::Permissions::from_mode(0o444))
+}
+
+/// Makes a symbolic link `path` to `target`, in place of another one if need be. At no moment is
+/// there none.
+pub(crate) fn replace_link(target: &str, path: &Path, tmp: &Path) -> Result<()> {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let failed = |error| Error::io("link", path)(error);
+    loop {
+        let unique = NEXT.fetch_add(1, Ordering::Relaxed);
+        let hidden = tmp.join(format!("link-{}-{unique}", std::process::id()));
+        match std::os::unix::fs::symlink(target, &hidden) {
+            Ok(()) => return fs::rename(&hidden, path).map_err(failed),
+            // Left behind by a process that had this number before us.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+}

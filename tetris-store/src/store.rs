@@ -1,0 +1,269 @@
+//! The store: what a process opens, and what it may ask.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use carlsbad_types::ByteSize;
+
+use crate::attach::SharedModel;
+use crate::backing::{Backing, TmpfsDir, read_dir};
+use crate::error::{Error, Result};
+use crate::hint::Hints;
+use crate::id::{Domain, ModelId, ObjectId};
+use crate::label;
+use crate::lease::Lease;
+use crate::manifest::Manifest;
+use crate::root::Root;
+
+/// How a store is opened. Every field has a default but the root.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// The store's directory, on a tmpfs where memory is to be shared: `/dev/shm/tetris`.
+    pub root: PathBuf,
+    /// Who may share with whom; fixed when the store is made. The default is one domain for all.
+    pub domain: Domain,
+    /// The most that may be stored, fills under way included; none by default. It is this
+    /// process's own limit on what it adds.
+    pub quota: Option<ByteSize>,
+    /// How long a model is kept that nobody uses: 1 minute, as in the paper (§4.1).
+    pub keep_alive: Duration,
+    /// How long to wait for another process: to finish a fill, before filling as well; to give back
+    /// a lock, before giving up. 30 seconds by default.
+    pub patience: Duration,
+    /// Threads that read, hash and write in an ingest; one a core by default.
+    pub threads: usize,
+}
+
+impl StoreConfig {
+    /// The defaults, for the store in `root`.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self {
+            root: root.into(),
+            domain: Domain::default(),
+            quota: None,
+            keep_alive: Duration::from_secs(60),
+            patience: Duration::from_secs(30),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+}
+
+/// A store of shared tensors. Cloning it is cheap and gives a handle to the same store.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pub(crate) inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) config: StoreConfig,
+    pub(crate) root: Root,
+    pub(crate) backing: Arc<dyn Backing>,
+    pub(crate) hints: Hints,
+}
+
+/// A model in the store, and the labels it goes by.
+#[derive(Debug, Clone)]
+pub struct StoredModel {
+    /// What it is.
+    pub id: ModelId,
+    /// Its labels, sorted.
+    pub labels: Vec<String>,
+    /// What it consists of.
+    pub manifest: Manifest,
+}
+
+/// What is in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stats {
+    /// Models.
+    pub models: usize,
+    /// Stored files.
+    pub objects: usize,
+    /// Memory the stored files take.
+    pub stored: ByteSize,
+    /// Bytes of all models' tensors: what one private copy of each would take.
+    pub private: ByteSize,
+    /// The limit on what this process may add to.
+    pub quota: Option<ByteSize>,
+}
+
+impl Store {
+    /// Opens the store in `config.root`, or makes one there. A process that may only read, for
+    /// instance through a read-only bind mount, can attach and look, but not ingest or reclaim.
+    ///
+    /// # Errors
+    /// [`Error::NotAStore`] where the directory holds something else, or a store of another version
+    /// or domain; [`Error::Io`].
+    pub fn open(config: StoreConfig) -> Result<Self> {
+        let root = Root::open(&config.root, &config.domain, "directory")?;
+        let backing = Arc::new(TmpfsDir::open(root.objects())?);
+        let hints = Hints::new(root.hints());
+        Ok(Self {
+            inner: Arc::new(Inner {
+                config,
+                root,
+                backing,
+                hints,
+            }),
+        })
+    }
+
+    /// How it was opened.
+    pub fn config(&self) -> &StoreConfig {
+        &self.inner.config
+    }
+
+    /// The store's directory.
+    pub fn root(&self) -> &Path {
+        &self.inner.root.path
+    }
+
+    /// Takes a lease on `model` and gives access to its tensors.
+    ///
+    /// # Errors
+    /// [`Error::UnknownModel`]; [`Error::Busy`] where it has been about to be reclaimed for longer
+    /// than the configured patience; [`Error::Io`].
+    pub fn attach(&self, model: &ModelId) -> Result<SharedModel> {
+        let path = self.inner.root.model(model);
+        let (lease, bytes) =
+            Lease::take(&path, self.inner.config.patience)?.ok_or_else(|| Error::UnknownModel {
+                name: model.to_string(),
+            })?;
+        let manifest = Manifest::decode(&bytes).map_err(|error| Error::Damaged {
+            path,
+            why: error.to_string(),
+        })?;
+        Ok(SharedModel::new(
+            *model,
+            manifest,
+            self.inner.backing.clone(),
+            Some(lease),
+        ))
+    }
+
+    /// What `model` consists of. Takes no lease: it may be gone a moment later.
+    ///
+    /// # Errors
+    /// [`Error::UnknownModel`]; [`Error::Damaged`]; [`Error::Io`].
+    pub fn manifest(&self, model: &ModelId) -> Result<Manifest> {
+        let path = self.inner.root.model(model);
+        match fs::read(&path) {
+            Ok(bytes) => Manifest::decode(&bytes).map_err(|error| Error::Damaged {
+                path,
+                why: error.to_string(),
+            }),
+            Err(error) if error.kind() == ErrorKind::NotFound => Err(Error::UnknownModel {
+                name: model.to_string(),
+            }),
+            Err(error) => Err(Error::io("read", path)(error)),
+        }
+    }
+
+    /// The ids of all models in the store, ascending.
+    pub(crate) fn model_ids(&self) -> Result<Vec<ModelId>> {
+        let mut ids: Vec<ModelId> = read_dir(&self.inner.root.models())?
+            .into_iter()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    /// The models in the store, by ascending id.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Damaged`].
+    pub fn models(&self) -> Result<Vec<StoredModel>> {
+        let labels = label::all(&self.inner.root)?;
+        let mut models = Vec::new();
+        for id in self.model_ids()? {
+            let manifest = match self.manifest(&id) {
+                Ok(manifest) => manifest,
+                // Reclaimed meanwhile.
+                Err(Error::UnknownModel { .. }) => continue,
+                Err(error) => return Err(error),
+            };
+            let of_this = labels.iter().filter(|(_, model)| *model == id);
+            let labels = of_this.map(|(label, _)| label.clone()).collect();
+            models.push(StoredModel {
+                id,
+                labels,
+                manifest,
+            });
+        }
+        Ok(models)
+    }
+
+    /// The model that goes by `name`: a label, an id, or the first digits of one.
+    ///
+    /// # Errors
+    /// [`Error::UnknownModel`]; [`Error::AmbiguousModel`]; [`Error::Io`].
+    pub fn resolve(&self, name: &str) -> Result<ModelId> {
+        let ids = self.model_ids()?;
+        if let Some(id) = label::get(&self.inner.root, name)? {
+            if ids.binary_search(&id).is_ok() {
+                return Ok(id);
+            }
+        }
+        let prefix = name.to_ascii_lowercase();
+        let mut fits = ids.iter().filter(|id| id.to_string().starts_with(&prefix));
+        match (fits.next(), fits.count()) {
+            (Some(id), 0) if !name.is_empty() => Ok(*id),
+            (Some(_), more) if !name.is_empty() => Err(Error::AmbiguousModel {
+                prefix: name.to_owned(),
+                count: more + 1,
+            }),
+            _ => Err(Error::UnknownModel {
+                name: name.to_owned(),
+            }),
+        }
+    }
+
+    /// Lets `model` go by `label` from now on, in place of the model that did so before.
+    ///
+    /// # Errors
+    /// [`Error::BadLabel`]; [`Error::UnknownModel`]; [`Error::ReadOnly`]; [`Error::Io`].
+    pub fn set_label(&self, label: &str, model: &ModelId) -> Result<()> {
+        self.inner.root.check_writable()?;
+        if !self.inner.root.model(model).exists() {
+            return Err(Error::UnknownModel {
+                name: model.to_string(),
+            });
+        }
+        label::set(&self.inner.root, label, model)
+    }
+
+    /// Takes `label` away; whether there was one.
+    ///
+    /// # Errors
+    /// [`Error::BadLabel`]; [`Error::ReadOnly`]; [`Error::Io`].
+    pub fn remove_label(&self, label: &str) -> Result<bool> {
+        self.inner.root.check_writable()?;
+        label::remove(&self.inner.root, label)
+    }
+
+    /// The path of a stored file, where it has one: a complete safetensors file, mode 0444.
+    pub fn object_path(&self, object: &ObjectId) -> Option<PathBuf> {
+        self.inner.backing.path(object)
+    }
+
+    /// What is in the store.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Damaged`].
+    pub fn stats(&self) -> Result<Stats> {
+        let models = self.models()?;
+        let objects = self.inner.backing.list()?;
+        Ok(Stats {
+            models: models.len(),
+            objects: objects.len(),
+            stored: objects.iter().map(|object| object.bytes).sum(),
+            private: models.iter().map(|model| model.manifest.byte_size()).sum(),
+            quota: self.inner.config.quota,
+        })
+    }
+}

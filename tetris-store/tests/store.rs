@@ -1,0 +1,166 @@
+//! What goes in comes out, once.
+
+mod common;
+
+use carlsbad_types::DType;
+use common::{MemoryModel, random_bytes, store};
+use tetris_store::{Error, IngestOptions};
+
+#[test]
+fn a_model_comes_out_as_it_went_in() {
+    let (_dir, store) = store();
+    let model = MemoryModel::default()
+        .with_random("big", 5 << 20, 1)
+        .with_random("one piece", 1 << 20, 2)
+        .with_random("odd", (3 << 20) + 17, 3)
+        .with_random("small", 100, 4)
+        .with("wide", DType::F64, &[3], random_bytes(24, 5))
+        .with("scalar", DType::F32, &[], random_bytes(4, 6))
+        .with("empty", DType::F32, &[0, 7], vec![]);
+    let ingested = store.ingest(&model).unwrap();
+    assert_eq!(ingested.written, ingested.bytes);
+    model.check(&store, &ingested.model);
+}
+
+#[test]
+fn zero_size_and_scalar_tensors_are_tensors() {
+    let (_dir, store) = store();
+    let model = MemoryModel::default()
+        .with("empty", DType::F32, &[0], vec![])
+        .with("also empty", DType::I64, &[4, 0], vec![])
+        .with("scalar", DType::BF16, &[], vec![1, 2]);
+    let ingested = store.ingest(&model).unwrap();
+    model.check(&store, &ingested.model);
+    let nothing = store.ingest(&MemoryModel::default()).unwrap();
+    MemoryModel::default().check(&store, &nothing.model);
+}
+
+#[test]
+fn duplicates_write_nothing() {
+    let (_dir, store) = store();
+    let model = MemoryModel::default()
+        .with_random("a", 3 << 20, 1)
+        .with_random("b", 1000, 2);
+    let first = store.ingest(&model).unwrap();
+    let again = store.ingest(&model).unwrap();
+    assert_eq!(first.model, again.model);
+    assert_eq!(again.written.get(), 0);
+    assert_eq!(again.shared(), again.bytes);
+
+    // A fine-tune under other names shares what it did not change.
+    let tuned = MemoryModel::default()
+        .with_random("renamed a", 3 << 20, 1)
+        .with_random("head", 1 << 20, 9);
+    let tuned_in = store.ingest(&tuned).unwrap();
+    assert_eq!(tuned_in.written.get(), 1 << 20);
+    tuned.check(&store, &tuned_in.model);
+
+    // Tied weights: one tensor under two names of one model.
+    let tied = MemoryModel::default()
+        .with_random("in", 2 << 20, 7)
+        .with_random("out", 2 << 20, 7);
+    let tied_in = store.ingest(&tied).unwrap();
+    assert_eq!(tied_in.written.get(), 2 << 20);
+    tied.check(&store, &tied_in.model);
+}
+
+#[test]
+fn equal_bytes_with_another_dtype_or_shape_are_other_tensors() {
+    let (_dir, store) = store();
+    let bytes = random_bytes(1 << 20, 1);
+    let model = MemoryModel::default()
+        .with("f32", DType::F32, &[512, 512], bytes.clone())
+        .with("i32", DType::I32, &[512, 512], bytes.clone())
+        .with("flat", DType::F32, &[512 * 512], bytes);
+    let ingested = store.ingest(&model).unwrap();
+    assert_eq!(ingested.written, ingested.bytes);
+    model.check(&store, &ingested.model);
+    let ids: std::collections::HashSet<_> = store
+        .manifest(&ingested.model)
+        .unwrap()
+        .tensors
+        .iter()
+        .map(|tensor| tensor.id)
+        .collect();
+    assert_eq!(ids.len(), 3);
+}
+
+#[test]
+fn stored_files_are_safetensors_files() {
+    let (_dir, store) = store();
+    let model = MemoryModel::default()
+        .with("weights", DType::F32, &[300, 300], random_bytes(360_000, 1))
+        .with(
+            "__metadata__",
+            DType::U8,
+            &[70_000],
+            random_bytes(70_000, 2),
+        )
+        .with(
+            &"long".repeat(2000),
+            DType::U8,
+            &[70_000],
+            random_bytes(70_000, 3),
+        )
+        .with("half", DType::F16, &[3], random_bytes(6, 4))
+        .with("double", DType::F64, &[2, 0, 3], vec![])
+        .with("b", DType::F64, &[1], random_bytes(8, 5))
+        .with("a \"quoted\"", DType::U8, &[5], random_bytes(5, 6));
+    let ingested = store.ingest(&model).unwrap();
+    let manifest = store.manifest(&ingested.model).unwrap();
+    for object in manifest.objects() {
+        let bytes = std::fs::read(store.object_path(&object).unwrap()).unwrap();
+        let (header, _) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        assert_eq!((header + 8) % 4096, 0);
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        for entry in manifest.tensors.iter().filter(|t| t.object == object) {
+            let view = match file.tensor(&entry.name) {
+                Ok(view) => view,
+                Err(_) => file.tensor("tensor").unwrap(),
+            };
+            assert_eq!(view.shape(), entry.shape.dims());
+            assert_eq!(view.data(), model.bytes_of(&entry.name));
+        }
+    }
+}
+
+#[test]
+fn labels_and_prefixes_lead_to_models() {
+    let (_dir, store) = store();
+    let model = MemoryModel::default().with_random("a", 10, 1);
+    let options = IngestOptions {
+        label: Some("silero-v5"),
+        ..Default::default()
+    };
+    let id = store.ingest_with(&model, &options).unwrap().model;
+    assert_eq!(store.resolve("silero-v5").unwrap(), id);
+    assert_eq!(store.resolve(&id.to_string()).unwrap(), id);
+    assert_eq!(store.resolve(&format!("{id:.8}")).unwrap(), id);
+    for unknown in ["", "silero", "../names/silero-v5", "zz"] {
+        assert!(matches!(
+            store.resolve(unknown),
+            Err(Error::UnknownModel { .. })
+        ));
+    }
+    for bad in ["", "../x", ".hidden", "a/b", "a b", &"x".repeat(129)] {
+        let refused = store.set_label(bad, &id);
+        assert!(matches!(refused, Err(Error::BadLabel { .. })), "{bad}");
+    }
+    assert_eq!(store.models().unwrap()[0].labels, ["silero-v5"]);
+    assert!(store.remove_label("silero-v5").unwrap());
+    assert!(!store.remove_label("silero-v5").unwrap());
+}
+
+#[test]
+fn a_directory_with_something_else_in_it_is_refused() {
+    let dir = common::scratch();
+    std::fs::write(dir.path().join("precious"), "data").unwrap();
+    let refused = tetris_store::Store::open(tetris_store::StoreConfig::at(dir.path()));
+    assert!(matches!(refused, Err(Error::NotAStore { .. })));
+
+    let (_dir, store) = store();
+    let mut other = store.config().clone();
+    other.domain = tetris_store::Domain::new("tenant");
+    let refused = tetris_store::Store::open(other);
+    assert!(matches!(refused, Err(Error::NotAStore { .. })));
+}
