@@ -5,6 +5,7 @@ use std::time::Duration;
 use carlsbad_types::{ByteSize, Shape};
 
 use crate::id::ModelId;
+use crate::schedule::Infeasible;
 
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -173,6 +174,39 @@ pub enum Error {
         /// How long was waited.
         waited: Duration,
     },
+
+    /// A row of a profile table has a value that cannot be. Nothing was decided by it.
+    #[error("profile row {row}: {why}")]
+    BadProfile {
+        /// Which row, from 0 on.
+        row: usize,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+
+    /// No profiled configuration answers in time.
+    #[error(
+        "no profiled configuration answers within {slo:?}: ask for at least {least:?}, or profile smaller batches or more CPUs"
+    )]
+    SloUnreachable {
+        /// What was asked for.
+        slo: Duration,
+        /// The shortest that can be kept.
+        least: Duration,
+    },
+
+    /// The input of a placement has a value that cannot be.
+    #[error("cannot place {what}: {why}")]
+    BadPlacement {
+        /// Which function or machine.
+        what: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+
+    /// The load cannot be served by these machines.
+    #[error("no placement: {0}")]
+    Infeasible(#[from] Infeasible),
 
     /// The operating system refused a step.
     #[error("cannot {what} {}: {source}", path.display())]

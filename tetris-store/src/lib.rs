@@ -10,12 +10,14 @@ mod id;
 mod ingest;
 mod label;
 mod lease;
-mod lifecycle;
+pub mod lifecycle;
 mod lock;
 mod manifest;
 mod object;
 mod publish;
 mod root;
+pub mod runtime;
+pub mod schedule;
 mod source;
 mod stamp;
 mod store;
@@ -25,7 +27,6 @@ pub use element::{BlockType, ElementType};
 pub use error::{Error, Result};
 pub use id::{Domain, ModelId, ObjectId, TensorId};
 pub use ingest::{IngestOptions, Ingested, Progress};
-pub use lifecycle::{Event, IllegalTransition, Lifecycle, Moment};
 pub use manifest::{Manifest, Sidecar, SourceFormat, TensorEntry};
 pub use source::{
     GgufSource, ModelSource, OnnxSource, SafetensorsSource, SourceTensor, open_model,
