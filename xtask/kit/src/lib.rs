@@ -10,6 +10,7 @@
 //! | [`seed`] | randomness that can be repeated |
 //! | [`sample`] | ours and the rival's timings, interleaved, with medians |
 //! | [`figure`] | figures that `cargo xtask figures` collects from bench targets |
+//! | [`plot`] | SVG plots that are readable on dark and on light pages |
 //!
 //! This crate is never published: it is a path-only development dependency.
 
@@ -21,6 +22,7 @@ pub mod child;
 pub mod figure;
 pub mod leak;
 pub mod memory;
+pub mod plot;
 
 pub mod sample;
 pub mod scratch;
