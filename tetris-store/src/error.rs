@@ -208,6 +208,43 @@ pub enum Error {
     #[error("no placement: {0}")]
     Infeasible(#[from] Infeasible),
 
+    /// A model does not go into this kind of view.
+    #[error("model {model:.12} has no {kind} view: {why}")]
+    ViewUnsupported {
+        /// The model.
+        model: ModelId,
+        /// The kind of view.
+        kind: &'static str,
+        /// What stands against it.
+        why: String,
+    },
+
+    /// A view consists of hard links, which do not cross from one mount to another.
+    #[error(
+        "{} is not in the mount of the store {}: choose a folder there, such as {}",
+        dir.display(), root.display(), root.join("views/NAME").display()
+    )]
+    ViewElsewhere {
+        /// Where the view was to be.
+        dir: PathBuf,
+        /// The store's root.
+        root: PathBuf,
+    },
+
+    /// The kernel lets a user hard-link only files of his own (`fs.protected_hardlinks`).
+    #[error("{} belongs to another user, so it cannot be linked: let the agent or the store's owner export the view", path.display())]
+    ViewDenied {
+        /// The stored file.
+        path: PathBuf,
+    },
+
+    /// Where a view was to be there is something already.
+    #[error("{} exists already: remove it, or choose another folder", dir.display())]
+    ViewExists {
+        /// Where the view was to be.
+        dir: PathBuf,
+    },
+
     /// The operating system refused a step.
     #[error("cannot {what} {}: {source}", path.display())]
     Io {

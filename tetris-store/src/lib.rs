@@ -21,6 +21,7 @@ pub mod schedule;
 mod source;
 mod stamp;
 mod store;
+mod view;
 
 pub use attach::{SharedModel, TensorRef};
 pub use element::{BlockType, ElementType};
@@ -33,3 +34,4 @@ pub use source::{
     open_model_from,
 };
 pub use store::{Stats, Store, StoreConfig, StoredModel};
+pub use view::{View, ViewKind};

@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
@@ -26,8 +27,15 @@ const MAX_LOCATION: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct ModelFile {
     path: PathBuf,
-    file: File,
+    content: Content,
     len: u64,
+}
+
+#[derive(Debug)]
+enum Content {
+    File(File),
+    /// A small file that the store has kept as a sidecar.
+    Memory(Vec<u8>),
 }
 
 impl ModelFile {
@@ -61,8 +69,17 @@ impl ModelFile {
         Ok(Self {
             path: path.to_owned(),
             len: meta.len(),
-            file,
+            content: Content::File(file),
         })
+    }
+
+    /// Bytes in memory, read as if they were in a file.
+    pub(crate) fn from_bytes(bytes: Vec<u8>, path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            len: bytes.len() as u64,
+            content: Content::Memory(bytes),
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -74,9 +91,17 @@ impl ModelFile {
     }
 
     pub(crate) fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        self.file
-            .read_exact_at(into, offset)
-            .map_err(Error::io("read", &self.path))
+        let read = match &self.content {
+            Content::File(file) => file.read_exact_at(into, offset),
+            Content::Memory(bytes) => {
+                let start = usize::try_from(offset).ok();
+                let held = start
+                    .and_then(|start| bytes.get(start..)?.get(..into.len()))
+                    .ok_or_else(|| ErrorKind::UnexpectedEof.into());
+                held.map(|held| into.copy_from_slice(held))
+            }
+        };
+        read.map_err(Error::io("read", &self.path))
     }
 
     /// The `len` bytes from `offset` on, which must be within the file: what is allocated is never
@@ -89,7 +114,7 @@ impl ModelFile {
             size.ok_or_else(|| Error::Io {
                 what: "read",
                 path: self.path.clone(),
-                source: std::io::ErrorKind::UnexpectedEof.into(),
+                source: ErrorKind::UnexpectedEof.into(),
             })?
         ];
         self.read_exact_at(offset, &mut bytes)?;

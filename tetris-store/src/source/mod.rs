@@ -17,8 +17,11 @@ pub(crate) mod wire;
 
 use file::ModelFile;
 pub use gguf::GgufSource;
+pub(crate) use gguf::HEADER;
+pub(crate) use onnx::GRAPH;
 pub use onnx::OnnxSource;
 pub use safetensors::SafetensorsSource;
+pub(crate) use safetensors::{INDEX, METADATA};
 
 /// Most tensors a model may have. The largest models published have around 100,000.
 const MAX_TENSORS: usize = 1 << 20;
