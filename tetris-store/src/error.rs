@@ -195,6 +195,42 @@ pub enum Error {
         least: Duration,
     },
 
+    /// The instance has as many requests waiting as it may.
+    #[error("{limit} requests are waiting already: try another instance, or later")]
+    Overloaded {
+        /// How many may wait.
+        limit: usize,
+    },
+
+    /// An answer did not come in time.
+    #[error("no answer in time, after {waited:?}: add instances, or ask for a longer SLO")]
+    DeadlineExceeded {
+        /// How long was waited.
+        waited: Duration,
+    },
+
+    /// The inference closure panicked on the batch that the request was in.
+    #[error("inference panicked: {message}; the instance goes on")]
+    InferencePanicked {
+        /// The panic's message.
+        message: String,
+    },
+
+    /// The inference closure did not answer each request once.
+    #[error(
+        "inference returned {returned} answers to a batch of {given}: it must return one for each"
+    )]
+    WrongBatch {
+        /// Requests in the batch.
+        given: usize,
+        /// Answers returned.
+        returned: usize,
+    },
+
+    /// The instance ended before it answered.
+    #[error("the instance ended before it answered: ask another one")]
+    InstanceClosed,
+
     /// The input of a placement has a value that cannot be.
     #[error("cannot place {what}: {why}")]
     BadPlacement {
