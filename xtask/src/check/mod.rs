@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::workspace::Workspace;
+use crate::workspace::{Package, Workspace};
 
 /// Arguments of `cargo xtask check`.
 #[derive(Debug, clap::Args)]
@@ -26,6 +26,9 @@ pub(crate) struct Arguments {
     /// Write each API list anew instead of comparing.
     #[arg(long)]
     bless: bool,
+    /// Print the features to build the whole workspace with (for `--features`), and check nothing.
+    #[arg(long)]
+    list_features: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -59,6 +62,20 @@ const ALL: [Check; 7] = [
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let workspace = Workspace::load()?;
     let ten = workspace.chosen(arguments.name.as_deref())?;
+    if arguments.list_features {
+        let of = |package: &Package| {
+            let name = package.name.clone();
+            let qualified = move |feature: &String| format!("{name}/{feature}");
+            package
+                .ci_features()
+                .iter()
+                .map(qualified)
+                .collect::<Vec<_>>()
+        };
+        let list: Vec<String> = ten.iter().flat_map(|package| of(package)).collect();
+        println!("{}", list.join(","));
+        return Ok(());
+    }
     let checks = if arguments.checks.is_empty() {
         &ALL[..]
     } else {

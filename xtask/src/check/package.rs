@@ -35,8 +35,7 @@ pub(crate) fn check(workspace: &Workspace, ten: &[&Package]) -> Result<()> {
                 .current_dir(outside.path())
                 .args(["check", "--quiet"])
                 .args(package.cargo_arguments())
-                // Compiled dependencies are the same; the crate's own files are not.
-                .env("CARGO_TARGET_DIR", workspace.target.join("package-check")),
+                .env("CARGO_TARGET_DIR", &workspace.target),
         )
         .with_context(|| format!("{} does not build from its package", package.name))?;
     }
