@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn pieces_in_any_order_give_the_hash_of_the_whole() {
         let bytes: Vec<u8> = (0..7 * PIECE + 12_345)
-            .map(|i| (i * i >> 7) as u8)
+            .map(|i| ((i * i) >> 7) as u8)
             .collect();
         for len in [
             0,

@@ -315,9 +315,4 @@ impl Error {
             }
         }
     }
-
-    /// Whether this is the operating system saying `kind`.
-    pub(crate) fn is_io(&self, kind: io::ErrorKind) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() == kind)
-    }
 }

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::backing::read_dir;
 use crate::error::{Error, Result};
 use crate::id::ObjectId;
 use crate::root::replace_link;
@@ -93,5 +94,23 @@ impl Hints {
             }
             done => done.map_err(Error::io("note a fingerprint in", path)),
         }
+    }
+
+    /// Forgets the fingerprints of files that are not `kept`.
+    pub(crate) fn forget(&self, kept: impl Fn(&ObjectId) -> Result<bool>) -> Result<()> {
+        for hint in read_dir(&self.dir)? {
+            let target = fs::read_link(hint.path()).ok();
+            let object = target.and_then(|target| target.to_str()?.parse().ok());
+            if object.is_some_and(|object| kept(&object).unwrap_or(true)) {
+                continue;
+            }
+            match fs::remove_file(hint.path()) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(Error::io("remove", hint.path())(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }

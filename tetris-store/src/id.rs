@@ -52,11 +52,6 @@ macro_rules! content_id {
                 &self.0
             }
 
-            /// The id with this digest.
-            pub(crate) fn from_slice(digest: &[u8]) -> Option<Self> {
-                digest.try_into().ok().map(Self)
-            }
-
             pub(crate) fn finish(hasher: &blake3::Hasher) -> Self {
                 Self(*hasher.finalize().as_bytes())
             }
@@ -81,6 +76,14 @@ macro_rules! content_id {
                 blake3::Hash::from_hex(text)
                     .map(|hash| Self(*hash.as_bytes()))
                     .map_err(|_| Error::BadId { what: $what, text: text.chars().take(80).collect() })
+            }
+        }
+
+        /// The id with this digest, which has 32 bytes.
+        impl TryFrom<&[u8]> for $name {
+            type Error = std::array::TryFromSliceError;
+            fn try_from(digest: &[u8]) -> Result<Self, Self::Error> {
+                digest.try_into().map(Self)
             }
         }
 

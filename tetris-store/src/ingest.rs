@@ -6,6 +6,7 @@
 //! done, and with it every claim given back, so that two processes that fill each other's tensors
 //! never wait for each other.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -22,15 +23,18 @@ use crate::error::{Error, Result};
 use crate::hint::Fingerprint;
 use crate::id::{ModelId, ObjectId, TensorId};
 use crate::label;
+use crate::lease::{begin_idle_time, mark_in_use};
+use crate::lifecycle::Moment;
 use crate::lock::Lock;
 use crate::manifest::{Manifest, TensorEntry};
 use crate::object::{
     Member, PACK_LIMIT, PACKED_BELOW, SINGLE_DATA_OFFSET, header, pack_order, single_header,
 };
 use crate::publish::Claim;
+use crate::quota::Reservation;
 use crate::root::readable;
 use crate::source::ModelSource;
-use crate::stamp::Stamp;
+use crate::stamp;
 use crate::store::Store;
 
 /// What else is wanted of an ingest.
@@ -103,10 +107,13 @@ impl Store {
         self.inner.root.check_writable()?;
         options.label.map_or(Ok(()), label::check)?;
         let ingest = Ingest::new(self, source, options);
-        let works = ingest.plan();
-        ingest.run(&works.iter().collect::<Vec<_>>())?;
-        ingest.fill_what_is_missing(&works)?;
-        ingest.commit(&works)
+        let done = ingest.all();
+        if done.is_err()
+            && let Err(error) = ingest.withdraw()
+        {
+            tracing::warn!(%error, "a failed ingest's tensors stay until the next sweeps");
+        }
+        done
     }
 }
 
@@ -118,6 +125,9 @@ struct Ingest<'a> {
     total: ByteSize,
     read: AtomicU64,
     written: AtomicU64,
+    room: Reservation<'a>,
+    /// What this ingest has stored, to be withdrawn where it fails.
+    published: Mutex<Vec<(ObjectId, Moment)>>,
 }
 
 /// One stored file to be: a large tensor, or a pack of small ones.
@@ -204,7 +214,41 @@ impl<'a> Ingest<'a> {
             total: sizes.map(ByteSize::new).sum(),
             read: AtomicU64::new(0),
             written: AtomicU64::new(0),
+            room: Reservation::new(&store.inner),
+            published: Mutex::default(),
         }
+    }
+
+    fn all(&self) -> Result<Ingested> {
+        let works = self.plan();
+        self.run(&works.iter().collect::<Vec<_>>())?;
+        self.fill_what_is_missing(&works)?;
+        self.commit(&works)
+    }
+
+    /// Takes back what this ingest has stored, except what somebody else has found useful since.
+    fn withdraw(&self) -> Result<()> {
+        let inner = &self.store.inner;
+        let published: HashMap<_, _> = lock(&self.published).drain(..).collect();
+        if published.is_empty() {
+            return Ok(());
+        }
+        let _no_commits = inner.root.lock(Lock::Exclusive, inner.config.patience)?;
+        let mut needed = HashSet::new();
+        for model in self.store.model_ids()? {
+            match self.store.manifest(&model) {
+                Ok(manifest) => needed.extend(manifest.objects()),
+                Err(Error::UnknownModel { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        for object in inner.backing.list()? {
+            let untouched = published.get(&object.id) == Some(&object.stamp);
+            if untouched && object.views == 0 && !needed.contains(&object.id) {
+                inner.backing.evict(&object.id)?;
+            }
+        }
+        Ok(())
     }
 
     /// The stored files to be, packs first, large tensors in the source's order.
@@ -355,6 +399,7 @@ impl<'a> Ingest<'a> {
     }
 
     fn begin_single(&self, work: &Work, claim: Option<Claim>) -> Result<Fill> {
+        self.make_room(work.len)?;
         let file = self.store.inner.backing.begin()?;
         file.write_all_at(&single_header(&self.member(work.tensors[0])), 0)
             .map_err(Error::io(
@@ -362,6 +407,12 @@ impl<'a> Ingest<'a> {
                 self.store.inner.root.objects(),
             ))?;
         Ok(Fill::Write(Arc::new(file), claim))
+    }
+
+    /// Room for a stored file with `data` bytes; more will be wanted for what is still to be read.
+    fn make_room(&self, data: u64) -> Result<()> {
+        let read = ByteSize::new(self.read.load(Ordering::Relaxed));
+        self.room.take(data, self.total.saturating_sub(read).get())
     }
 
     fn member(&self, index: usize) -> Member {
@@ -419,17 +470,17 @@ impl<'a> Ingest<'a> {
                 .try_clone()
                 .map_err(Error::io("publish", object.to_string()))?,
         };
-        let stamp = Stamp::now(false).map_err(Error::io("read", "CLOCK_BOOTTIME"))?;
-        if self.store.inner.backing.publish(file, object, stamp)? {
+        let now = stamp::now()?;
+        if self.store.inner.backing.publish(file, object, now)? {
             self.written.fetch_add(len, Ordering::Relaxed);
+            lock(&self.published).push((*object, now));
         }
-        Ok(())
+        self.room.settle(len)
     }
 
     /// Whether the store has `object`; if so it counts as used now.
     fn touch(&self, object: &ObjectId) -> Result<bool> {
-        let stamp = Stamp::now(false).map_err(Error::io("read", "CLOCK_BOOTTIME"))?;
-        self.store.inner.backing.touch(object, stamp)
+        self.store.inner.backing.touch(object, stamp::now()?)
     }
 
     /// Reads a pack's tensors into memory, and stores them if the store does not have them.
@@ -479,6 +530,7 @@ impl<'a> Ingest<'a> {
                 if self.touch(object)? {
                     return Ok(true);
                 }
+                self.make_room(work.len)?;
                 (Arc::new(inner.backing.begin()?), Some(claim))
             }
         };
@@ -515,6 +567,7 @@ impl<'a> Ingest<'a> {
                 continue;
             }
             let fill = if work.packed {
+                self.make_room(work.len)?;
                 Fill::Write(Arc::new(self.store.inner.backing.begin()?), claim)
             } else {
                 self.begin_single(work, claim)?
@@ -575,18 +628,12 @@ impl<'a> Ingest<'a> {
         let mut file = unnamed(&self.store.inner.root.models()).map_err(failed)?;
         file.write_all(&manifest.encode()).map_err(failed)?;
         readable(&file).map_err(failed)?;
-        let stamp = Stamp::now(false).map_err(failed)?;
-        stamp.put(&file).map_err(failed)?;
+        mark_in_use(&file, &path);
         if !name(&file, &path).map_err(failed)? {
-            // Ingested before: it counts as used now. The mark keeps a lease from being overlooked.
-            let known = File::open(&path).map_err(failed)?;
-            Stamp {
-                leased: true,
-                ..stamp
-            }
-            .put(&known)
-            .map_err(failed)?;
+            // Ingested before: it counts as used now.
+            mark_in_use(&File::open(&path).map_err(failed)?, &path);
         }
+        begin_idle_time(&path);
         Ok(())
     }
 

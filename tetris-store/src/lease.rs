@@ -12,13 +12,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::lock::{Lock, wait_lock};
-use crate::stamp::Stamp;
+use crate::lifecycle::Moment;
+use crate::lock::{Lock, try_lock, wait_lock};
+use crate::stamp;
 
 /// A lease on one model. Dropping it gives it back.
 #[derive(Debug)]
 pub(crate) struct Lease {
-    manifest: File,
+    manifest: Option<File>,
     path: PathBuf,
 }
 
@@ -42,6 +43,8 @@ impl Lease {
                     waited: patience,
                 });
             }
+            // Before the look below: see the lifecycle's notes on idle time.
+            mark_in_use(&file, path);
             // The reclaimer may have been faster: the lease would be on a file without a name.
             let metadata = file.metadata().map_err(Error::io("look at", path))?;
             if metadata.nlink() == 0 {
@@ -51,27 +54,45 @@ impl Lease {
             file.read_to_end(&mut bytes)
                 .map_err(Error::io("read", path))?;
             let lease = Self {
-                manifest: file,
+                manifest: Some(file),
                 path: path.to_owned(),
             };
-            lease.stamp();
             return Ok(Some((lease, bytes)));
-        }
-    }
-
-    /// Notes that the model is in use now. Only its owner can; for others the sweeps and the agent
-    /// see the lease itself.
-    fn stamp(&self) {
-        let stamped = Stamp::now(true).and_then(|stamp| stamp.put(&self.manifest));
-        if let Err(error) = stamped {
-            tracing::trace!(path = %self.path.display(), %error, "lease not stamped");
         }
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        // Idle time begins now. The mark stays, for there may be other leases.
-        self.stamp();
+        // Closed, never unlocked: a forked child keeps it.
+        drop(self.manifest.take());
+        begin_idle_time(&self.path);
+    }
+}
+
+/// Notes that the model at `path` is in use. Only the store's owner can; where others take a lease,
+/// a sweep or the agent sees the lease itself.
+pub(crate) fn mark_in_use(manifest: &File, path: &Path) {
+    if let Err(error) = stamp::write(manifest, Moment::IN_USE) {
+        tracing::trace!(path = %path.display(), %error, "use not noted");
+    }
+}
+
+/// Where nobody holds a lease on the model at `path`, its idle time begins now. Otherwise, and
+/// where this process may not say so, it begins with the first sweep that finds it unleased.
+pub(crate) fn begin_idle_time(path: &Path) {
+    let begun = || -> Result<()> {
+        let Ok(manifest) = File::open(path) else {
+            return Ok(());
+        };
+        // Through a description of its own: changing a lock that a forked child shares would
+        // change the child's as well.
+        if try_lock(&manifest, Lock::Exclusive, path)? {
+            stamp::write(&manifest, stamp::now()?).map_err(Error::io("stamp", path))?;
+        }
+        Ok(())
+    };
+    if let Err(error) = begun() {
+        tracing::trace!(path = %path.display(), %error, "idle time begins with the next sweep");
     }
 }

@@ -14,13 +14,17 @@ pub mod lifecycle;
 mod lock;
 mod manifest;
 mod object;
+mod overlap;
 mod publish;
+mod quota;
+mod reclaim;
 mod root;
 pub mod runtime;
 pub mod schedule;
 mod source;
 mod stamp;
 mod store;
+mod verify;
 mod view;
 
 pub use attach::{SharedModel, TensorRef};
@@ -29,9 +33,12 @@ pub use error::{Error, Result};
 pub use id::{Domain, ModelId, ObjectId, TensorId};
 pub use ingest::{IngestOptions, Ingested, Progress};
 pub use manifest::{Manifest, Sidecar, SourceFormat, TensorEntry};
+pub use overlap::Overlap;
+pub use reclaim::ReclaimReport;
 pub use source::{
     GgufSource, ModelSource, OnnxSource, SafetensorsSource, SourceTensor, open_model,
     open_model_from,
 };
 pub use store::{Stats, Store, StoreConfig, StoredModel};
+pub use verify::{Damage, VerifyReport};
 pub use view::{View, ViewKind};

@@ -232,7 +232,7 @@ mod wire {
             let objects: Vec<_> = self
                 .objects
                 .iter()
-                .map(|id| ObjectId::from_slice(id).ok_or("an object id is not 32 bytes"))
+                .map(|id| ObjectId::try_from(&id[..]).map_err(|_| "an object id is not 32 bytes"))
                 .collect::<Result<_, _>>()?;
             let tensors: Vec<_> = self
                 .tensors
@@ -279,7 +279,7 @@ mod wire {
             if self.offset.checked_add(self.len).is_none() {
                 return Err(bad("it ends beyond 64 bits"));
             }
-            let id = TensorId::from_slice(&self.id).ok_or_else(|| bad("its id is not 32 bytes"))?;
+            let id = TensorId::try_from(&self.id[..]).map_err(|_| bad("its id is not 32 bytes"))?;
             let object = *objects
                 .get(self.object as usize)
                 .ok_or_else(|| bad("its object is not listed"))?;

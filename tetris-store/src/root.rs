@@ -97,11 +97,6 @@ impl Root {
         }
     }
 
-    /// Whether this process may write here.
-    pub(crate) const fn is_writable(&self) -> bool {
-        self.writable
-    }
-
     /// Takes the store's lock; closing the file gives it back.
     pub(crate) fn lock(&self, lock: Lock, patience: Duration) -> Result<File> {
         self.check_writable()?;
@@ -172,7 +167,11 @@ pub(crate) fn replace_link(target: &str, path: &Path, tmp: &Path) -> Result<()> 
         let unique = NEXT.fetch_add(1, Ordering::Relaxed);
         let hidden = tmp.join(format!("link-{}-{unique}", std::process::id()));
         match std::os::unix::fs::symlink(target, &hidden) {
-            Ok(()) => return fs::rename(&hidden, path).map_err(failed),
+            Ok(()) => match fs::rename(&hidden, path) {
+                // Swept away between the two calls: this process must have slept for a minute.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                renamed => return renamed.map_err(failed),
+            },
             // Left behind by a process that had this number before us.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(failed(error)),

@@ -1,7 +1,6 @@
-//! When a model or an object was last seen in use, kept as the modification time of its file.
+//! A [`Moment`] on a file: kept as its modification time, counted from 1970 instead of from boot.
 //!
-//! The time base is CLOCK_BOOTTIME: it never jumps, runs on while the machine sleeps, and is the
-//! same for all processes outside time namespaces. The last three digits carry one mark.
+//! Reading one needs no right but to look at the file; writing one needs its owner's.
 
 use std::fs::{File, FileTimes};
 use std::io;
@@ -9,51 +8,41 @@ use std::time::{Duration, SystemTime};
 
 use nix::time::{ClockId, clock_gettime};
 
-/// A moment since boot, to the microsecond, and whether there was a lease at that moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Stamp {
-    /// Time since boot.
-    pub(crate) at: Duration,
-    /// Whether somebody held a lease then: the idle time begins when that is first seen to be over.
-    pub(crate) leased: bool,
+use crate::error::{Error, Result};
+use crate::lifecycle::Moment;
+
+/// The present moment.
+pub(crate) fn now() -> Result<Moment> {
+    let now =
+        clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(Error::io("read", "CLOCK_BOOTTIME"))?;
+    Ok(Moment::new(Duration::from(now)))
 }
 
-/// Time since boot.
-pub(crate) fn since_boot() -> io::Result<Duration> {
-    let now = clock_gettime(ClockId::CLOCK_BOOTTIME)?;
-    Ok(Duration::from(now))
+/// What a file with this modification time was stamped with.
+pub(crate) fn read(modified: SystemTime) -> Moment {
+    // Before 1970 nobody stamped: as old as can be.
+    let since = modified.duration_since(SystemTime::UNIX_EPOCH);
+    Moment::new(since.unwrap_or_default())
 }
 
-impl Stamp {
-    /// Now.
-    pub(crate) fn now(leased: bool) -> io::Result<Self> {
-        Ok(Self {
-            at: since_boot()?,
-            leased,
-        })
-    }
+/// Stamps `file`.
+pub(crate) fn write(file: &File, moment: Moment) -> io::Result<()> {
+    let modified = SystemTime::UNIX_EPOCH + moment.since_boot();
+    file.set_times(FileTimes::new().set_modified(modified))
+}
 
-    /// What `file` was stamped with.
-    pub(crate) fn of(modified: SystemTime) -> Self {
-        // A time before 1970 cannot come from us: as old as can be.
-        let raw = modified
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
-        Self {
-            at: Duration::from_micros(raw.as_micros() as u64),
-            leased: raw.subsec_nanos() % 1000 == 1,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stamp_reads_back_and_the_clock_runs() {
+        let file = tempfile::tempfile().unwrap();
+        let before = now().unwrap();
+        for moment in [before, Moment::IN_USE] {
+            write(&file, moment).unwrap();
+            assert_eq!(read(file.metadata().unwrap().modified().unwrap()), moment);
         }
-    }
-
-    /// Stamps `file`, which needs its owner's rights.
-    pub(crate) fn put(self, file: &File) -> io::Result<()> {
-        let raw = Duration::from_micros(self.at.as_micros() as u64);
-        let raw = raw + Duration::from_nanos(u64::from(self.leased));
-        file.set_times(FileTimes::new().set_modified(SystemTime::UNIX_EPOCH + raw))
-    }
-
-    /// How long ago that was at `now`; none at all for a stamp that lies in the future.
-    pub(crate) fn age(self, now: Duration) -> Duration {
-        now.saturating_sub(self.at)
+        assert!(now().unwrap() > before);
     }
 }

@@ -15,6 +15,7 @@ use crate::hint::Hints;
 use crate::id::{Domain, ModelId, ObjectId};
 use crate::label;
 use crate::lease::Lease;
+use crate::lock::Lock;
 use crate::manifest::Manifest;
 use crate::root::Root;
 
@@ -85,6 +86,8 @@ pub struct Stats {
     pub objects: usize,
     /// Memory the stored files take.
     pub stored: ByteSize,
+    /// What fills under way have reserved, where there is a quota.
+    pub reserved: ByteSize,
     /// Bytes of all models' tensors: what one private copy of each would take.
     pub private: ByteSize,
     /// The limit on what this process may add to.
@@ -204,10 +207,10 @@ impl Store {
     /// [`Error::UnknownModel`]; [`Error::AmbiguousModel`]; [`Error::Io`].
     pub fn resolve(&self, name: &str) -> Result<ModelId> {
         let ids = self.model_ids()?;
-        if let Some(id) = label::get(&self.inner.root, name)? {
-            if ids.binary_search(&id).is_ok() {
-                return Ok(id);
-            }
+        if let Some(id) = label::get(&self.inner.root, name)?
+            && ids.binary_search(&id).is_ok()
+        {
+            return Ok(id);
         }
         let prefix = name.to_ascii_lowercase();
         let mut fits = ids.iter().filter(|id| id.to_string().starts_with(&prefix));
@@ -228,7 +231,10 @@ impl Store {
     /// # Errors
     /// [`Error::BadLabel`]; [`Error::UnknownModel`]; [`Error::ReadOnly`]; [`Error::Io`].
     pub fn set_label(&self, label: &str, model: &ModelId) -> Result<()> {
-        self.inner.root.check_writable()?;
+        let _no_sweep = self
+            .inner
+            .root
+            .lock(Lock::Shared, self.inner.config.patience)?;
         if !self.inner.root.model(model).exists() {
             return Err(Error::UnknownModel {
                 name: model.to_string(),
@@ -262,6 +268,7 @@ impl Store {
             models: models.len(),
             objects: objects.len(),
             stored: objects.iter().map(|object| object.bytes).sum(),
+            reserved: self.inner.reserved()?,
             private: models.iter().map(|model| model.manifest.byte_size()).sum(),
             quota: self.inner.config.quota,
         })

@@ -10,7 +10,7 @@ use carlsbad_types::ByteSize;
 
 use crate::error::Result;
 use crate::id::ObjectId;
-use crate::stamp::Stamp;
+use crate::lifecycle::Moment;
 
 pub(crate) use tmpfs_dir::{TmpfsDir, name, read_dir, unnamed};
 
@@ -21,7 +21,7 @@ pub(crate) trait Backing: Send + Sync + fmt::Debug {
     fn begin(&self) -> Result<File>;
 
     /// Makes `file` visible as `id`, read-only from now on. False where that exists already.
-    fn publish(&self, file: File, id: &ObjectId, stamp: Stamp) -> Result<bool>;
+    fn publish(&self, file: File, id: &ObjectId, at: Moment) -> Result<bool>;
 
     /// The stored file, to be read; `None` where it does not exist.
     fn open(&self, id: &ObjectId) -> Result<Option<File>>;
@@ -29,8 +29,8 @@ pub(crate) trait Backing: Send + Sync + fmt::Debug {
     /// Whether it exists.
     fn contains(&self, id: &ObjectId) -> Result<bool>;
 
-    /// Notes that it was in use at `stamp`. False where it does not exist.
-    fn touch(&self, id: &ObjectId, stamp: Stamp) -> Result<bool>;
+    /// Notes that it was in use at `at`. False where it does not exist.
+    fn touch(&self, id: &ObjectId, at: Moment) -> Result<bool>;
 
     /// Takes it away; whoever has it open or mapped keeps it until then.
     fn evict(&self, id: &ObjectId) -> Result<()>;
@@ -52,5 +52,5 @@ pub(crate) struct StoredObject {
     /// Links to it other than the store's own: the views that show it.
     pub(crate) views: u64,
     /// When it was last seen in use.
-    pub(crate) stamp: Stamp,
+    pub(crate) stamp: Moment,
 }

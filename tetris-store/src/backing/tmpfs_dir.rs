@@ -15,7 +15,8 @@ use nix::unistd::linkat;
 use super::{Backing, StoredObject};
 use crate::error::{Error, Result};
 use crate::id::ObjectId;
-use crate::stamp::Stamp;
+use crate::lifecycle::Moment;
+use crate::stamp;
 
 /// `<dir>/<first two digits>/<id>`, mode 0444.
 #[derive(Debug)]
@@ -72,18 +73,18 @@ impl Backing for TmpfsDir {
         unnamed(&self.path).map_err(Error::io("create a file in", &self.path))
     }
 
-    fn publish(&self, file: File, id: &ObjectId, stamp: Stamp) -> Result<bool> {
+    fn publish(&self, file: File, id: &ObjectId, at: Moment) -> Result<bool> {
         let path = self.absolute(id);
         let failed = |error| Error::io("publish", &path)(error);
         file.set_permissions(Permissions::from_mode(0o444))
             .map_err(failed)?;
-        stamp.put(&file).map_err(failed)?;
+        stamp::write(&file, at).map_err(failed)?;
         match name(&file, &path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let folder = self.path.join(format!("{id:.2}"));
                 match fs::DirBuilder::new().mode(0o755).create(&folder) {
                     Err(error) if error.kind() != ErrorKind::AlreadyExists => {
-                        return Err(Error::io("create", folder)(error));
+                        Err(Error::io("create", folder)(error))
                     }
                     _ => name(&file, &path).map_err(failed),
                 }
@@ -113,13 +114,11 @@ impl Backing for TmpfsDir {
         }
     }
 
-    fn touch(&self, id: &ObjectId, stamp: Stamp) -> Result<bool> {
+    fn touch(&self, id: &ObjectId, at: Moment) -> Result<bool> {
         let Some(file) = self.open(id)? else {
             return Ok(false);
         };
-        stamp
-            .put(&file)
-            .map_err(Error::io("stamp", self.absolute(id)))?;
+        stamp::write(&file, at).map_err(Error::io("stamp", self.absolute(id)))?;
         Ok(true)
     }
 
@@ -150,7 +149,7 @@ impl Backing for TmpfsDir {
                     id,
                     bytes: ByteSize::new(metadata.blocks() * 512),
                     views: metadata.nlink().saturating_sub(1),
-                    stamp: Stamp::of(
+                    stamp: stamp::read(
                         metadata
                             .modified()
                             .map_err(Error::io("look at", file.path()))?,

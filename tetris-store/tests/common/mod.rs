@@ -1,5 +1,6 @@
 //! What the tests of the store share: models made in memory, and stores that go away.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses some of it")]
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
 use carlsbad_types::{DType, Shape};
 use tempfile::TempDir;

@@ -1,0 +1,173 @@
+//! The quota: how much may be stored, fills under way included.
+//!
+//! No counter is kept, since whoever dies would leave it wrong. What is used is what the files
+//! take, plus the *reservations* of those who fill: files in `tmp` whose size is what is reserved
+//! and which take no memory. A reservation is locked while its owner lives, and does not count
+//! otherwise.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use carlsbad_types::ByteSize;
+
+use crate::backing::{name, read_dir, unnamed};
+use crate::error::{Error, Result};
+use crate::lock::{Lock, try_lock};
+use crate::object::DATA_ALIGNMENT;
+use crate::publish::Claim;
+use crate::reclaim::is_abandoned;
+use crate::store::Inner;
+
+/// How much is reserved at once, so that the store is not measured for every tensor.
+const STEP: u64 = 16 << 20;
+
+/// What one ingest may still add. Without a quota, anything.
+#[derive(Debug)]
+pub(crate) struct Reservation<'a> {
+    inner: &'a Inner,
+    held: Mutex<Held>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    file: Option<(File, PathBuf)>,
+    /// The size of the file: reserved and not yet stored.
+    reserved: u64,
+    /// How much of it is spoken for by fills under way.
+    spoken_for: u64,
+}
+
+impl<'a> Reservation<'a> {
+    pub(crate) fn new(inner: &'a Inner) -> Self {
+        Self {
+            inner,
+            held: Mutex::default(),
+        }
+    }
+
+    /// Room for a stored file with `data` bytes, of which `planned` more are expected to follow.
+    pub(crate) fn take(&self, data: u64, planned: u64) -> Result<()> {
+        let Some(quota) = self.inner.config.quota else {
+            return Ok(());
+        };
+        let need = file_size(data);
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing = (held.spoken_for + need).saturating_sub(held.reserved);
+        if missing > 0 {
+            let tmp = self.inner.root.tmp();
+            let patience = self.inner.config.patience;
+            let _alone = Claim::wait(&tmp, "quota", patience)?.ok_or_else(|| Error::Busy {
+                what: "being measured for its quota",
+                path: self.inner.root.path.clone(),
+                waited: patience,
+            })?;
+            let used = self.inner.used()?.get();
+            let free = quota.get().saturating_sub(used);
+            if missing > free {
+                let need = ByteSize::new(missing);
+                return Err(Error::QuotaExceeded {
+                    need,
+                    used: ByteSize::new(used),
+                    quota,
+                });
+            }
+            let grow = STEP.min(planned).max(missing).min(free);
+            held.grow(grow, &tmp)?;
+        }
+        held.spoken_for += need;
+        Ok(())
+    }
+
+    /// Gives back the room for a file with `data` bytes: it is stored and counts by itself, or it
+    /// has turned out not to be needed.
+    pub(crate) fn settle(&self, data: u64) -> Result<()> {
+        if self.inner.config.quota.is_none() {
+            return Ok(());
+        }
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let size = file_size(data);
+        held.spoken_for = held.spoken_for.saturating_sub(size);
+        held.reserved = held.reserved.saturating_sub(size);
+        held.resize()
+    }
+}
+
+impl Held {
+    fn grow(&mut self, by: u64, tmp: &std::path::Path) -> Result<()> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        self.reserved += by;
+        if self.file.is_some() {
+            return self.resize();
+        }
+        let failed = |error| Error::io("reserve in", tmp)(error);
+        // Locked and sized before it has a name: nobody sees it without.
+        let file = unnamed(tmp).map_err(failed)?;
+        try_lock(&file, Lock::Exclusive, tmp)?;
+        file.set_len(self.reserved).map_err(failed)?;
+        loop {
+            let unique = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = tmp.join(format!("{PREFIX}{}-{unique}", std::process::id()));
+            // The name may be taken, for process ids are used again.
+            if name(&file, &path).map_err(failed)? {
+                self.file = Some((file, path));
+                return Ok(());
+            }
+        }
+    }
+
+    fn resize(&mut self) -> Result<()> {
+        match &self.file {
+            Some((file, path)) => file
+                .set_len(self.reserved)
+                .map_err(Error::io("reserve in", path)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some((_file, path)) = &self.file {
+            // Where it stays it does not count once it is unlocked, and the next sweep removes it.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+const PREFIX: &str = "reserve-";
+
+const fn file_size(data: u64) -> u64 {
+    (data + DATA_ALIGNMENT).next_multiple_of(DATA_ALIGNMENT)
+}
+
+impl Inner {
+    /// What is stored, and what living processes have reserved.
+    pub(crate) fn used(&self) -> Result<ByteSize> {
+        let stored = self.backing.list()?.into_iter().map(|object| object.bytes);
+        Ok(stored.sum::<ByteSize>() + self.reserved()?)
+    }
+
+    /// What living processes have reserved.
+    pub(crate) fn reserved(&self) -> Result<ByteSize> {
+        let mut reserved = ByteSize::ZERO;
+        for entry in read_dir(&self.root.tmp())? {
+            if !entry
+                .file_name()
+                .as_encoded_bytes()
+                .starts_with(PREFIX.as_bytes())
+            {
+                continue;
+            }
+            // Gone meanwhile: then it does not count.
+            let Ok(metadata) = entry.metadata() else {
+                continue;
+            };
+            if !is_abandoned(&entry.path())? {
+                reserved += ByteSize::new(metadata.len());
+            }
+        }
+        Ok(reserved)
+    }
+}
