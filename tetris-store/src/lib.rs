@@ -8,6 +8,7 @@ mod error;
 mod hint;
 mod id;
 mod ingest;
+pub mod keep_alive;
 mod label;
 mod lease;
 pub mod lifecycle;

@@ -388,7 +388,7 @@ mod tests {
 
     #[test]
     fn everyone_gets_the_answer_to_their_own_question() {
-        let instance = Instance::start(config(8, 2, 20, 2_000), |inputs: Vec<u64>| {
+        let instance = Instance::start(config(4, 2, 20, 2_000), |inputs: Vec<u64>| {
             inputs.iter().map(|x| x * x).collect()
         })
         .unwrap();
@@ -396,7 +396,7 @@ mod tests {
             for caller in 0..16u64 {
                 let instance = &instance;
                 scope.spawn(move || {
-                    for i in 0..50 {
+                    for i in 0..20 {
                         let x = caller * 1000 + i;
                         // 16 callers never exceed the queue.
                         assert_eq!(instance.call(x).unwrap(), x * x);
@@ -405,7 +405,7 @@ mod tests {
             }
         });
         let stats = instance.stats();
-        assert_eq!(stats.requests, 16 * 50);
+        assert_eq!(stats.requests, 16 * 20);
         assert!(
             stats.batches < stats.requests,
             "nothing was batched: {stats:?}"
