@@ -1,6 +1,8 @@
 //! A model in use: its tensors, mapped from the store.
 
 use std::fs::File;
+#[cfg(feature = "candle")]
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
@@ -25,7 +27,7 @@ pub struct SharedModel {
     /// For every tensor the position of its stored file in `objects`.
     object_of: Vec<u32>,
     backing: Arc<dyn Backing>,
-    _lease: Option<Lease>,
+    lease: Option<Lease>,
 }
 
 #[derive(Debug)]
@@ -66,7 +68,7 @@ impl SharedModel {
             objects: ids.into_iter().map(mapped).collect(),
             object_of,
             backing,
-            _lease: lease,
+            lease,
         }
     }
 
@@ -137,6 +139,12 @@ impl SharedModel {
         self.backing
             .open(id)?
             .ok_or_else(|| self.damaged(id, "it is missing"))
+    }
+
+    /// Another descriptor of its lease, where it has one.
+    #[cfg(feature = "candle")]
+    pub(crate) fn share_lease(&self) -> Result<Option<OwnedFd>> {
+        self.lease.as_ref().map_or(Ok(None), Lease::share)
     }
 
     /// The address space its stored files take once they are all mapped.

@@ -11,6 +11,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "candle")]
+use {
+    std::ffi::OsStr,
+    std::io::Write,
+    std::os::fd::{AsRawFd, OwnedFd},
+    std::os::unix::ffi::OsStrExt,
+};
+
 use crate::error::{Error, Result};
 use crate::lifecycle::Moment;
 use crate::lock::{Lock, try_lock, wait_lock};
@@ -58,6 +66,38 @@ impl Lease {
                 path: path.to_owned(),
             };
             return Ok(Some((lease, bytes)));
+        }
+    }
+}
+
+#[cfg(feature = "candle")]
+impl Lease {
+    /// Another descriptor of the same lease: the last one to be closed gives it back.
+    pub(crate) fn share(&self) -> Result<Option<OwnedFd>> {
+        let shared = self.manifest.as_ref().map(File::try_clone).transpose();
+        let shared = shared.map_err(Error::io("keep open", &self.path))?;
+        Ok(shared.map(OwnedFd::from))
+    }
+
+    /// Gives back what [`share`](Self::share) gave. Allocates nothing unless something fails, since
+    /// an allocator calls it; for the same reason there is no path, and the kernel's is used.
+    pub(crate) fn give_back(shared: OwnedFd) {
+        let mut path = [0; 32];
+        let left = {
+            let mut rest = &mut path[..];
+            // Fits: the number has at most ten digits.
+            let _fits = write!(rest, "/proc/self/fd/{}", shared.as_raw_fd());
+            rest.len()
+        };
+        let path = Path::new(OsStr::from_bytes(&path[..path.len() - left]));
+        let Ok(manifest) = File::open(path) else {
+            return;
+        };
+        drop(shared);
+        if try_lock(&manifest, Lock::Exclusive, path).is_ok_and(|last| last) {
+            let now = stamp::now();
+            // As in `begin_idle_time`; here there is nowhere to report to.
+            let _not_the_owner = now.map(|now| stamp::write(&manifest, now));
         }
     }
 }

@@ -1,5 +1,6 @@
 //! One copy of every tensor on the machine, whoever loads it.
 
+mod adapters;
 mod attach;
 mod backing;
 mod content;
@@ -28,6 +29,8 @@ mod store;
 mod verify;
 mod view;
 
+#[cfg(feature = "candle")]
+pub use adapters::candle;
 pub use attach::{SharedModel, TensorRef};
 pub use element::{BlockType, ElementType};
 pub use error::{Error, Result};

@@ -1,0 +1,4 @@
+//! Runtimes that link against this crate.
+
+#[cfg(feature = "candle")]
+pub mod candle;
