@@ -3,7 +3,7 @@
 //! A lease is a shared flock on the model's manifest, which every user may open for reading, also
 //! through a read-only mount and in another PID or user namespace. The kernel gives it back when
 //! the last process that has it ends, however it ends; no count can go wrong. The paper instead
-//! scans the names of running pods every 5 seconds (§4.1).
+//! scans the names of running pods every 5 seconds.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};

@@ -27,7 +27,7 @@
 //! A stamp that lies in the future, as `IN_USE` does, counts as now. So idle time is never counted
 //! from before the last use, whoever died in between; it may start late by the time to the next
 //! look. (The paper counts a minute from the last sight of a pod's name, and never starts anew on
-//! reuse: §4.1.)
+//! reuse: Tetris, ATC'22.)
 
 use std::fmt;
 use std::time::Duration;

@@ -10,7 +10,7 @@ use crate::manifest::Manifest;
 use crate::store::Store;
 
 /// What two sets of stored files have in common. Each file counts once, however many models and
-/// tensors it serves: the union of hashes, not the pairwise maximum of the paper (§4.2), which
+/// tensors it serves: the union of hashes, not the pairwise maximum of the paper, which
 /// misses what one model shares with several others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Overlap {

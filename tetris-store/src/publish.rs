@@ -1,6 +1,6 @@
 //! The fill protocol: who fills a file that several want, and what happens when he dies.
 //!
-//! The paper creates the shared file under its final name and fills it in place (§4.1): whoever
+//! The paper creates the shared file under its final name and fills it in place: whoever
 //! opens it meanwhile reads what is not there yet. Here a file is filled without a name, and gets
 //! one when it is complete, so that a name is never seen with partial bytes behind it.
 //!

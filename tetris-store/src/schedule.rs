@@ -1,4 +1,4 @@
-//! Placement: which instances on which machine, so that they share the most (§3.3).
+//! Placement: which instances on which machine, so that they share the most.
 //!
 //! Both ways choose the configuration of each instance by its profile ([`Profile::by_cost`]), take
 //! `rps_max` off the load that is left, and go on until none is. They differ in where an instance

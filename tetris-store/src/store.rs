@@ -29,7 +29,7 @@ pub struct StoreConfig {
     /// The most that may be stored, fills under way included; none by default. It is this
     /// process's own limit on what it adds.
     pub quota: Option<ByteSize>,
-    /// How long a model is kept that nobody uses: 1 minute, as in the paper (§4.1).
+    /// How long a model is kept that nobody uses: 1 minute, as in the paper.
     pub keep_alive: Duration,
     /// How long to wait for another process: to finish a fill, before filling as well; to give back
     /// a lock, before giving up. 30 seconds by default.

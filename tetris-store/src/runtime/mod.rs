@@ -1,4 +1,4 @@
-//! Runtime sharing: many requests in one instance, by batching and by concurrency (§3.1).
+//! Runtime sharing: many requests in one instance, by batching and by concurrency (Tetris, ATC'22).
 //!
 //! ```
 //! use std::time::Duration;
