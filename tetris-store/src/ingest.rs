@@ -16,6 +16,7 @@ use std::thread;
 use std::time::Instant;
 
 use carlsbad_types::ByteSize;
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::backing::{name, unnamed};
 use crate::content::{ContentHasher, PIECE, pieces};
@@ -399,7 +400,7 @@ impl<'a> Ingest<'a> {
     }
 
     fn begin_single(&self, work: &Work, claim: Option<Claim>) -> Result<Fill> {
-        self.make_room(work.len)?;
+        self.make_room(SINGLE_DATA_OFFSET + work.len)?;
         let file = self.store.inner.backing.begin()?;
         file.write_all_at(&single_header(&self.member(work.tensors[0])), 0)
             .map_err(Error::io(
@@ -409,10 +410,21 @@ impl<'a> Ingest<'a> {
         Ok(Fill::Write(Arc::new(file), claim))
     }
 
-    /// Room for a stored file with `data` bytes; more will be wanted for what is still to be read.
-    fn make_room(&self, data: u64) -> Result<()> {
+    /// Room for a file of `size` bytes; more will be wanted for what is still to be read.
+    fn make_room(&self, size: u64) -> Result<()> {
+        // Writing beyond this limit would not fail but kill the process, by SIGXFSZ.
+        let objects = self.store.inner.root.objects();
+        let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)
+            .map_err(Error::io("read the limit on file sizes for", &objects))?;
+        if size > limit {
+            return Err(Error::NoSpace {
+                what: "store a tensor in",
+                path: objects,
+                why: format!("{size} bytes exceed RLIMIT_FSIZE, {limit} bytes"),
+            });
+        }
         let read = ByteSize::new(self.read.load(Ordering::Relaxed));
-        self.room.take(data, self.total.saturating_sub(read).get())
+        self.room.take(size, self.total.saturating_sub(read).get())
     }
 
     fn member(&self, index: usize) -> Member {
@@ -443,7 +455,7 @@ impl<'a> Ingest<'a> {
         let object = ObjectId::single(&id);
         let stored = match std::mem::replace(&mut state.fill, Fill::HashOnly) {
             Fill::Write(file, claim) => {
-                self.publish(file, &object, work.len)?;
+                self.publish(file, &object, work.len, SINGLE_DATA_OFFSET + work.len)?;
                 if let Some(fingerprint) = state.fingerprint {
                     inner.hints.set(fingerprint, &object, &inner.root.tmp())?;
                 }
@@ -462,7 +474,7 @@ impl<'a> Ingest<'a> {
         Ok(())
     }
 
-    fn publish(&self, file: Arc<File>, object: &ObjectId, len: u64) -> Result<()> {
+    fn publish(&self, file: Arc<File>, object: &ObjectId, len: u64, size: u64) -> Result<()> {
         // The other threads have dropped theirs, or are about to: they are done writing.
         let file = match Arc::try_unwrap(file) {
             Ok(file) => file,
@@ -475,7 +487,7 @@ impl<'a> Ingest<'a> {
             self.written.fetch_add(len, Ordering::Relaxed);
             lock(&self.published).push((*object, now));
         }
-        self.room.settle(len)
+        self.room.settle(size)
     }
 
     /// Whether the store has `object`; if so it counts as used now.
@@ -520,6 +532,7 @@ impl<'a> Ingest<'a> {
     /// Whether it was written; not where somebody else is at it.
     fn write_pack(&self, work: &Work, object: &ObjectId, bytes: &[u8]) -> Result<bool> {
         let inner = &self.store.inner;
+        let size = bytes.len() as u64;
         let given = std::mem::replace(&mut lock(&work.state).fill, Fill::HashOnly);
         let (file, claim) = match given {
             Fill::Write(file, claim) => (file, claim),
@@ -530,13 +543,13 @@ impl<'a> Ingest<'a> {
                 if self.touch(object)? {
                     return Ok(true);
                 }
-                self.make_room(work.len)?;
                 (Arc::new(inner.backing.begin()?), Some(claim))
             }
         };
+        self.make_room(size)?;
         file.write_all_at(bytes, 0)
             .map_err(Error::io("fill a pack in", inner.root.objects()))?;
-        self.publish(file, object, work.len)?;
+        self.publish(file, object, work.len, size)?;
         drop(claim);
         Ok(true)
     }
@@ -567,7 +580,6 @@ impl<'a> Ingest<'a> {
                 continue;
             }
             let fill = if work.packed {
-                self.make_room(work.len)?;
                 Fill::Write(Arc::new(self.store.inner.backing.begin()?), claim)
             } else {
                 self.begin_single(work, claim)?

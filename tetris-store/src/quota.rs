@@ -47,12 +47,12 @@ impl<'a> Reservation<'a> {
         }
     }
 
-    /// Room for a stored file with `data` bytes, of which `planned` more are expected to follow.
-    pub(crate) fn take(&self, data: u64, planned: u64) -> Result<()> {
+    /// Room for a file of `size` bytes, after which `planned` more are expected.
+    pub(crate) fn take(&self, size: u64, planned: u64) -> Result<()> {
         let Some(quota) = self.inner.config.quota else {
             return Ok(());
         };
-        let need = file_size(data);
+        let need = in_pages(size);
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let missing = (held.spoken_for + need).saturating_sub(held.reserved);
         if missing > 0 {
@@ -80,14 +80,13 @@ impl<'a> Reservation<'a> {
         Ok(())
     }
 
-    /// Gives back the room for a file with `data` bytes: it is stored and counts by itself, or it
-    /// has turned out not to be needed.
-    pub(crate) fn settle(&self, data: u64) -> Result<()> {
+    /// Gives back the room for a file of `size` bytes: it is stored, and counts by itself.
+    pub(crate) fn settle(&self, size: u64) -> Result<()> {
         if self.inner.config.quota.is_none() {
             return Ok(());
         }
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let size = file_size(data);
+        let size = in_pages(size);
         held.spoken_for = held.spoken_for.saturating_sub(size);
         held.reserved = held.reserved.saturating_sub(size);
         held.resize()
@@ -138,8 +137,9 @@ impl Drop for Held {
 
 const PREFIX: &str = "reserve-";
 
-const fn file_size(data: u64) -> u64 {
-    (data + DATA_ALIGNMENT).next_multiple_of(DATA_ALIGNMENT)
+/// What a file of `size` bytes takes.
+const fn in_pages(size: u64) -> u64 {
+    size.next_multiple_of(DATA_ALIGNMENT)
 }
 
 impl Inner {
