@@ -27,6 +27,10 @@ pub struct SharedModel {
     /// For every tensor the position of its stored file in `objects`.
     object_of: Vec<u32>,
     backing: Arc<dyn Backing>,
+    #[cfg_attr(
+        not(feature = "candle"),
+        allow(dead_code, reason = "held for what its end means")
+    )]
     lease: Option<Lease>,
 }
 
@@ -124,10 +128,10 @@ impl SharedModel {
             return Ok(bytes);
         }
         let file = self.open_object(&object.id)?;
-        // SAFETY: a stored file is complete before it has a name, has mode 0444 from then on and is
-        // never opened for writing again; the lease keeps it from being reclaimed, which would
-        // leave the mapping intact anyway. Only the store's owner could write to it or cut it
-        // short, and he is trusted (README, Limits).
+        // SAFETY: a stored file is complete before it is visible. A memory file is sealed then;
+        // another has mode 0444 and is never opened for writing again, so that only the store's
+        // owner could change it or cut it short, and he is trusted (README, Limits). Reclaiming it
+        // would leave the mapping intact.
         let bytes = unsafe { Mmap::map(&file) }
             .map_err(|error| Error::io("map", self.object_name(&object.id))(error))?;
         // Another thread may have been faster; then ours is unmapped.

@@ -43,6 +43,6 @@ pub use source::{
     GgufSource, ModelSource, OnnxSource, SafetensorsSource, SourceTensor, open_model,
     open_model_from,
 };
-pub use store::{Stats, Store, StoreConfig, StoredModel};
+pub use store::{BackingKind, Stats, Store, StoreConfig, StoredModel};
 pub use verify::{Damage, VerifyReport};
 pub use view::{View, ViewKind};

@@ -7,6 +7,7 @@
 //! models/   manifests by model id; a shared flock on one is a lease
 //! names/    label -> model id, as symbolic links
 //! hints/    fingerprint -> object id, as symbolic links
+//! owner     flock: the process that has the memory files, where there are such
 //! tmp/      claims on fills, reservations
 //! ```
 
@@ -18,10 +19,10 @@ use std::time::Duration;
 
 use nix::unistd::{AccessFlags, access};
 
-use crate::backing::{name, unnamed};
+use crate::backing::{name, read_dir, unnamed};
 use crate::error::{Error, Result};
 use crate::id::{Domain, ModelId};
-use crate::lock::{Lock, wait_lock};
+use crate::lock::{Lock, try_lock, wait_lock};
 
 /// The directory and what this process may do there.
 #[derive(Debug)]
@@ -101,15 +102,7 @@ impl Root {
     pub(crate) fn lock(&self, lock: Lock, patience: Duration) -> Result<File> {
         self.check_writable()?;
         let path = self.path.join("lock");
-        // For the owner alone: readers who could lock it could hold up every sweep.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(Error::io("open", &path))?;
+        let file = open_lock(&path)?;
         if wait_lock(&file, lock, &path, patience)? {
             return Ok(file);
         }
@@ -122,6 +115,26 @@ impl Root {
             path,
             waited: patience,
         })
+    }
+
+    /// Makes this process the only one, and empties the store of what an earlier one described:
+    /// its memory has ended with it.
+    pub(crate) fn own_alone(&self) -> Result<File> {
+        self.check_writable()?;
+        let path = self.path.join("owner");
+        let file = open_lock(&path)?;
+        if !try_lock(&file, Lock::Exclusive, &path)? {
+            let what = "in use by the process that has its memory files";
+            let waited = Duration::ZERO;
+            return Err(Error::Busy { what, path, waited });
+        }
+        for dir in [self.models(), self.names(), self.hints(), self.tmp()] {
+            for entry in read_dir(&dir)? {
+                let left = entry.path();
+                fs::remove_file(&left).map_err(Error::io("remove", left))?;
+            }
+        }
+        Ok(file)
     }
 
     pub(crate) fn objects(&self) -> PathBuf {
@@ -147,6 +160,19 @@ impl Root {
     pub(crate) fn tmp(&self) -> PathBuf {
         self.path.join("tmp")
     }
+}
+
+/// A file to be locked by the store's owner alone: readers who could lock it could hold up every
+/// sweep.
+fn open_lock(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(Error::io("open", path))
 }
 
 const DIRECTORIES: [&str; 5] = ["objects", "models", "names", "hints", "tmp"];

@@ -1,6 +1,6 @@
 //! The store: what a process opens, and what it may ask.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use carlsbad_types::ByteSize;
 
 use crate::attach::SharedModel;
-use crate::backing::{Backing, TmpfsDir, read_dir};
+use crate::backing::{Backing, Memfd, TmpfsDir, read_dir};
 use crate::error::{Error, Result};
 use crate::hint::Hints;
 use crate::id::{Domain, ModelId, ObjectId};
@@ -19,6 +19,20 @@ use crate::lock::Lock;
 use crate::manifest::Manifest;
 use crate::root::Root;
 
+/// Where the bytes of stored files are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum BackingKind {
+    /// Files in the store's directory, mode 0444, for all processes that see it. Their owner could
+    /// still change them, and is trusted.
+    #[default]
+    Directory,
+    /// Sealed memory files of the process that opened the store, which nobody can change any more.
+    /// They end with it; others get them through the agent. Each takes a descriptor. Its root can
+    /// be open in one process at a time, and begins empty.
+    Memfd,
+}
+
 /// How a store is opened. Every field has a default but the root.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
@@ -26,6 +40,8 @@ pub struct StoreConfig {
     pub root: PathBuf,
     /// Who may share with whom; fixed when the store is made. The default is one domain for all.
     pub domain: Domain,
+    /// Where the bytes are kept; fixed when the store is made.
+    pub backing: BackingKind,
     /// The most that may be stored, fills under way included; none by default. It is this
     /// process's own limit on what it adds.
     pub quota: Option<ByteSize>,
@@ -44,6 +60,7 @@ impl StoreConfig {
         Self {
             root: root.into(),
             domain: Domain::default(),
+            backing: BackingKind::default(),
             quota: None,
             keep_alive: Duration::from_secs(60),
             patience: Duration::from_secs(30),
@@ -64,6 +81,8 @@ pub(crate) struct Inner {
     pub(crate) root: Root,
     pub(crate) backing: Arc<dyn Backing>,
     pub(crate) hints: Hints,
+    /// The right to be the one process that has this root open, where only one may.
+    _sole_owner: Option<File>,
 }
 
 /// A model in the store, and the labels it goes by.
@@ -99,11 +118,18 @@ impl Store {
     /// instance through a read-only bind mount, can attach and look, but not ingest or reclaim.
     ///
     /// # Errors
-    /// [`Error::NotAStore`] where the directory holds something else, or a store of another version
-    /// or domain; [`Error::Io`].
+    /// [`Error::NotAStore`] where the directory holds something else, or a store of another version,
+    /// domain or backing; [`Error::Busy`] where another process has the memory files; [`Error::Io`].
     pub fn open(config: StoreConfig) -> Result<Self> {
-        let root = Root::open(&config.root, &config.domain, "directory")?;
-        let backing = Arc::new(TmpfsDir::open(root.objects())?);
+        let name = match config.backing {
+            BackingKind::Directory => "directory",
+            BackingKind::Memfd => "memfd",
+        };
+        let root = Root::open(&config.root, &config.domain, name)?;
+        let (backing, sole_owner): (Arc<dyn Backing>, _) = match config.backing {
+            BackingKind::Directory => (Arc::new(TmpfsDir::open(root.objects())?), None),
+            BackingKind::Memfd => (Arc::new(Memfd::default()), Some(root.own_alone()?)),
+        };
         let hints = Hints::new(root.hints());
         Ok(Self {
             inner: Arc::new(Inner {
@@ -111,6 +137,7 @@ impl Store {
                 root,
                 backing,
                 hints,
+                _sole_owner: sole_owner,
             }),
         })
     }

@@ -165,3 +165,66 @@ fn a_directory_with_something_else_in_it_is_refused() {
     let refused = tetris_store::Store::open(other);
     assert!(matches!(refused, Err(Error::NotAStore { .. })));
 }
+
+#[test]
+fn memory_files_are_sealed_belong_to_one_process_and_end_with_it() {
+    let dir = common::scratch();
+    let mut config = tetris_store::StoreConfig::at(dir.path().join("store"));
+    config.backing = tetris_store::BackingKind::Memfd;
+    config.keep_alive = std::time::Duration::ZERO;
+    let store = tetris_store::Store::open(config.clone()).unwrap();
+    let model = MemoryModel::default()
+        .with_random("a", 3 << 20, 1)
+        .with_random("b", 100, 2);
+    let first = store.ingest(&model).unwrap();
+    assert_eq!(store.ingest(&model).unwrap().written.get(), 0);
+    model.check(&store, &first.model);
+    assert_eq!(store.verify().unwrap().damaged, []);
+    assert!(matches!(
+        tetris_store::Store::open(config.clone()),
+        Err(Error::Busy { .. })
+    ));
+
+    let shared = store.attach(&first.model).unwrap();
+    assert!(
+        store
+            .object_path(&shared.manifest().tensors[0].object)
+            .is_none()
+    );
+    assert_eq!(store.reclaim().unwrap().leased, 1);
+    drop(shared);
+    assert_eq!(store.reclaim().unwrap().freed_objects, 2);
+
+    store.ingest(&model).unwrap();
+    drop(store);
+    let next = tetris_store::Store::open(config).unwrap();
+    assert_eq!(next.stats().unwrap().models, 0);
+    assert_eq!(next.ingest(&model).unwrap().written, first.written);
+}
+
+/// The seals that nobody can take away: no writing, no truncating, no new writable mapping.
+#[test]
+fn a_sealed_memory_file_cannot_be_changed_even_by_its_owner() {
+    let dir = common::scratch();
+    let mut config = tetris_store::StoreConfig::at(dir.path().join("store"));
+    config.backing = tetris_store::BackingKind::Memfd;
+    let store = tetris_store::Store::open(config).unwrap();
+    let model = MemoryModel::default().with_random("a", 1 << 20, 1);
+    store.ingest(&model).unwrap();
+    let mut tried = 0;
+    for fd in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let path = fd.unwrap().path();
+        let target = std::fs::read_link(&path).unwrap_or_default();
+        if !target.to_string_lossy().contains("memfd:tetris-store") {
+            continue;
+        }
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        if file.metadata().unwrap().len() != (1 << 20) + 4096 {
+            continue;
+        }
+        tried += 1;
+        assert!(file.set_len(0).is_err());
+        assert!(std::os::unix::fs::FileExt::write_at(&file, b"x", 5000).is_err());
+    }
+    assert!(tried > 0);
+}

@@ -1,5 +1,6 @@
 //! Where the bytes of stored files are kept.
 
+mod memfd;
 mod tmpfs_dir;
 
 use std::fmt;
@@ -12,6 +13,7 @@ use crate::error::Result;
 use crate::id::ObjectId;
 use crate::lifecycle::Moment;
 
+pub(crate) use memfd::Memfd;
 pub(crate) use tmpfs_dir::{TmpfsDir, name, read_dir, unnamed};
 
 /// A place for stored files. It does what it is told and decides nothing.
