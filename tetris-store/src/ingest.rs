@@ -402,6 +402,12 @@ impl<'a> Ingest<'a> {
     fn begin_single(&self, work: &Work, claim: Option<Claim>) -> Result<Fill> {
         self.make_room(SINGLE_DATA_OFFSET + work.len)?;
         let file = self.store.inner.backing.begin()?;
+        // Known from the start, so that a tmpfs can give huge pages to what will fill them.
+        file.set_len(SINGLE_DATA_OFFSET + work.len)
+            .map_err(Error::io(
+                "fill a tensor in",
+                self.store.inner.root.objects(),
+            ))?;
         file.write_all_at(&single_header(&self.member(work.tensors[0])), 0)
             .map_err(Error::io(
                 "fill a tensor in",

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! FORMAT    version, domain and backing: who differs is refused
+//! boot      the boot that the stamps count from
 //! lock      flock: shared for a commit, exclusive for a sweep, both short
 //! objects/  stored files by object id
 //! models/   manifests by model id; a shared flock on one is a lease

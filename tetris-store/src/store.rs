@@ -12,9 +12,11 @@ use crate::attach::SharedModel;
 use crate::backing::{Backing, Memfd, TmpfsDir, read_dir};
 use crate::error::{Error, Result};
 use crate::hint::Hints;
+use crate::huge_pages::{self, HugePages};
 use crate::id::{Domain, ModelId, ObjectId};
 use crate::label;
-use crate::lease::Lease;
+use crate::lease::{Lease, mark_in_use};
+use crate::lifecycle::Moment;
 use crate::lock::Lock;
 use crate::manifest::Manifest;
 use crate::root::Root;
@@ -42,6 +44,8 @@ pub struct StoreConfig {
     pub domain: Domain,
     /// Where the bytes are kept; fixed when the store is made.
     pub backing: BackingKind,
+    /// Whether the store gets a mount of its own with huge pages; not by default.
+    pub huge_pages: HugePages,
     /// The most that may be stored, fills under way included; none by default. It is this
     /// process's own limit on what it adds.
     pub quota: Option<ByteSize>,
@@ -61,6 +65,7 @@ impl StoreConfig {
             root: root.into(),
             domain: Domain::default(),
             backing: BackingKind::default(),
+            huge_pages: HugePages::default(),
             quota: None,
             keep_alive: Duration::from_secs(60),
             patience: Duration::from_secs(30),
@@ -125,20 +130,23 @@ impl Store {
             BackingKind::Directory => "directory",
             BackingKind::Memfd => "memfd",
         };
+        huge_pages::mount_if_configured(&config)?;
         let root = Root::open(&config.root, &config.domain, name)?;
         let (backing, sole_owner): (Arc<dyn Backing>, _) = match config.backing {
             BackingKind::Directory => (Arc::new(TmpfsDir::open(root.objects())?), None),
             BackingKind::Memfd => (Arc::new(Memfd::default()), Some(root.own_alone()?)),
         };
         let hints = Hints::new(root.hints());
+        let inner = Inner {
+            config,
+            root,
+            backing,
+            hints,
+            _sole_owner: sole_owner,
+        };
+        inner.after_a_reboot()?;
         Ok(Self {
-            inner: Arc::new(Inner {
-                config,
-                root,
-                backing,
-                hints,
-                _sole_owner: sole_owner,
-            }),
+            inner: Arc::new(inner),
         })
     }
 
@@ -299,5 +307,35 @@ impl Store {
             private: models.iter().map(|model| model.manifest.byte_size()).sum(),
             quota: self.inner.config.quota,
         })
+    }
+}
+
+impl Inner {
+    /// Stamps count from boot, so those of an earlier boot say nothing: for everything that such a
+    /// boot left, idle time begins anew. (On a tmpfs it left nothing.)
+    fn after_a_reboot(&self) -> Result<()> {
+        let seen = self.root.path.join("boot");
+        let Ok(boot) = fs::read_to_string("/proc/sys/kernel/random/boot_id") else {
+            tracing::debug!("cannot tell one boot from another: /proc is not there");
+            return Ok(());
+        };
+        let is_known = || fs::read_to_string(&seen).is_ok_and(|known| known == boot);
+        if is_known() || self.root.check_writable().is_err() {
+            return Ok(());
+        }
+        let _no_commits = self.root.lock(Lock::Exclusive, self.config.patience)?;
+        if is_known() {
+            return Ok(());
+        }
+        for entry in read_dir(&self.root.models())? {
+            let path = entry.path();
+            mark_in_use(&File::open(&path).map_err(Error::io("open", &path))?, &path);
+        }
+        for object in self.backing.list()? {
+            self.backing.touch(&object.id, Moment::IN_USE)?;
+        }
+        let hidden = self.root.tmp().join("boot");
+        fs::write(&hidden, &boot).map_err(Error::io("write", &hidden))?;
+        fs::rename(&hidden, &seen).map_err(Error::io("write", &seen))
     }
 }

@@ -121,6 +121,26 @@ fn a_clock_jump_frees_nothing_early() {
 }
 
 #[test]
+fn after_a_reboot_idle_time_begins_anew_and_stale_temporaries_go() {
+    let (_dir, store) = short_lived();
+    let model = MemoryModel::default().with_random("a", 1 << 20, 1);
+    let id = store.ingest(&model).unwrap().model;
+    // As an earlier boot would have left them: a stamp long before now, and a filler's claim.
+    let manifest = std::fs::File::open(store.root().join(format!("models/{id}"))).unwrap();
+    manifest
+        .set_modified(std::time::SystemTime::UNIX_EPOCH)
+        .unwrap();
+    std::fs::write(store.root().join("boot"), "another boot").unwrap();
+    std::fs::write(store.root().join("tmp/claim-00"), "").unwrap();
+
+    let store = Store::open(store.config().clone()).unwrap();
+    let report = store.reclaim().unwrap();
+    assert_eq!((report.freed.len(), report.idle, report.stale), (0, 1, 1));
+    std::thread::sleep(KEEP_ALIVE);
+    assert_eq!(store.reclaim().unwrap().freed, [id]);
+}
+
+#[test]
 fn stale_temporaries_are_swept() {
     let (_dir, store) = short_lived();
     let tmp = store.root().join("tmp");
