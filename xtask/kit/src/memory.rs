@@ -17,6 +17,9 @@ pub struct MemoryUse {
     pub rss: ByteSize,
     /// Resident pages, each divided by the number of processes that map it.
     pub pss: ByteSize,
+    /// The part of `pss` that is shared memory and tmpfs pages. The kernel gives it for whole
+    /// processes only: it is zero for chosen mappings.
+    pub pss_shmem: ByteSize,
     /// Pages that belong to no file: heap, stacks, copies made on write.
     pub anonymous: ByteSize,
     /// Pages that this process alone maps and has written to. A page of a tmpfs file that only one
@@ -70,6 +73,7 @@ impl MemoryUse {
     fn add(&mut self, other: &Self) {
         self.rss += other.rss;
         self.pss += other.pss;
+        self.pss_shmem += other.pss_shmem;
         self.anonymous += other.anonymous;
         self.private_dirty += other.private_dirty;
         self.private_clean += other.private_clean;
@@ -97,6 +101,7 @@ impl MemoryUse {
             let field = match key {
                 "Rss" => &mut sum.rss,
                 "Pss" => &mut sum.pss,
+                "Pss_Shmem" => &mut sum.pss_shmem,
                 "Anonymous" => &mut sum.anonymous,
                 "Private_Dirty" => &mut sum.private_dirty,
                 "Private_Clean" => &mut sum.private_clean,
