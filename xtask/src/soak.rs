@@ -49,10 +49,20 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 /// Runs each fuzz target of a crate for `seconds`.
 pub(crate) fn fuzz(package: &Package, seconds: u32) -> Result<()> {
     for target in fuzz_targets(package)? {
+        // What the fuzzer finds interesting goes to the first folder; the second is checked in.
+        let (corpus, seeds) = (
+            format!("fuzz/corpus/{target}"),
+            format!("fuzz/seeds/{target}"),
+        );
+        fs::create_dir_all(package.folder().join(&corpus))?;
+        let mut folders = vec![corpus];
+        folders.extend(package.folder().join(&seeds).exists().then_some(seeds));
         shell::run(
             shell::cargo()
                 .current_dir(package.folder())
-                .args(["fuzz", "run", &target, "--"])
+                .args(["fuzz", "run", &target])
+                .args(folders)
+                .arg("--")
                 .arg(format!("-max_total_time={seconds}"))
                 .args(["-rss_limit_mb=4096", "-print_final_stats=1"])
                 // cargo-fuzz asks rustc for sanitizers, which the stable toolchain has but hides.

@@ -283,3 +283,22 @@ pub(crate) fn sweep_unfinished(tmp: &Path) -> Result<usize> {
     }
     Ok(removed)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sweep_takes_what_dead_makers_left_and_nothing_else() {
+        let tmp = tempfile::tempdir().unwrap();
+        let alive = Hidden::create(tmp.path()).unwrap();
+        let dead = tmp.path().join("view-1-0");
+        fs::create_dir(&dead).unwrap();
+        fs::write(dead.join("model.onnx"), "half").unwrap();
+        fs::write(tmp.path().join("claim-0"), "").unwrap();
+        assert_eq!(sweep_unfinished(tmp.path()).unwrap(), 1);
+        assert!(alive.path.exists() && !dead.exists() && tmp.path().join("claim-0").exists());
+        drop(alive);
+        assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1);
+    }
+}
