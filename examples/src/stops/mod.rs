@@ -1,0 +1,19 @@
+//! The stops of the tour, one module a crate.
+
+mod tetris_store;
+
+use anyhow::Result;
+
+use crate::stop::Stop;
+
+/// All of them, in the order of the tour.
+pub(crate) const STOPS: &[Stop] = &[Stop {
+    name: "tetris-store",
+    job: "One copy of every tensor on the machine, whoever loads it.",
+    run: tetris_store::visit,
+}];
+
+/// Plays the role that this process was started in, if it was.
+pub(crate) fn play_role() -> Option<Result<()>> {
+    tetris_store::worker::play()
+}
