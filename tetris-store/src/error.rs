@@ -281,6 +281,32 @@ pub enum Error {
         dir: PathBuf,
     },
 
+    /// Another agent serves this already.
+    #[error("{} is locked: an agent runs already; stop it first", path.display())]
+    AgentRunning {
+        /// The lock it holds.
+        path: PathBuf,
+    },
+
+    /// The agent cannot be reached, or has hung up.
+    #[error("no agent at {}: {why}", socket.display())]
+    NoAgent {
+        /// Its socket.
+        socket: PathBuf,
+        /// What came instead of an answer.
+        why: String,
+    },
+
+    /// The agent understood, and refused.
+    #[cfg(feature = "daemon")]
+    #[error("{message}")]
+    AgentRefused {
+        /// Which kind of refusal it is.
+        kind: crate::agent::Refusal,
+        /// Why.
+        message: String,
+    },
+
     /// The operating system refused a step.
     #[error("cannot {what} {}: {source}", path.display())]
     Io {

@@ -18,6 +18,8 @@ use std::time::Instant;
 use carlsbad_types::ByteSize;
 use nix::sys::resource::{Resource, getrlimit};
 
+use serde::{Deserialize, Serialize};
+
 use crate::backing::{name, unnamed};
 use crate::content::{ContentHasher, PIECE, pieces};
 use crate::error::{Error, Result};
@@ -66,7 +68,7 @@ pub struct Progress {
 }
 
 /// What an ingest did.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ingested {
     /// The model.
     pub model: ModelId,

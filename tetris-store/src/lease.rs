@@ -29,6 +29,9 @@ use crate::stamp;
 pub(crate) struct Lease {
     manifest: Option<File>,
     path: PathBuf,
+    /// Where this process may not stamp: what it opens for an agent to see that it attached, and
+    /// to see when it ends.
+    _seen: Option<File>,
 }
 
 impl Lease {
@@ -52,7 +55,7 @@ impl Lease {
                 });
             }
             // Before the look below: see the lifecycle's notes on idle time.
-            mark_in_use(&file, path);
+            let stamped = mark_in_use(&file, path);
             // The reclaimer may have been faster: the lease would be on a file without a name.
             let metadata = file.metadata().map_err(Error::io("look at", path))?;
             if metadata.nlink() == 0 {
@@ -64,6 +67,9 @@ impl Lease {
             let lease = Self {
                 manifest: Some(file),
                 path: path.to_owned(),
+                _seen: (!stamped)
+                    .then(|| File::open(seen_file(path)).ok())
+                    .flatten(),
             };
             return Ok(Some((lease, bytes)));
         }
@@ -110,12 +116,21 @@ impl Drop for Lease {
     }
 }
 
-/// Notes that the model at `path` is in use. Only the store's owner can; where others take a lease,
+/// What an agent watches for the model whose manifest is at `path`: a file that nobody but those
+/// who take a lease opens. There is one only where there is, or was, an agent.
+pub(crate) fn seen_file(path: &Path) -> PathBuf {
+    let root = path.parent().and_then(Path::parent).unwrap_or(path);
+    root.join("seen").join(path.file_name().unwrap_or_default())
+}
+
+/// Notes that the model at `path` is in use; whether that was possible. Only the store's owner can; where others take a lease,
 /// a sweep or the agent sees the lease itself.
-pub(crate) fn mark_in_use(manifest: &File, path: &Path) {
-    if let Err(error) = stamp::write(manifest, Moment::IN_USE) {
+pub(crate) fn mark_in_use(manifest: &File, path: &Path) -> bool {
+    let stamped = stamp::write(manifest, Moment::IN_USE);
+    if let Err(error) = &stamped {
         tracing::trace!(path = %path.display(), %error, "use not noted");
     }
+    stamped.is_ok()
 }
 
 /// Where nobody holds a lease on the model at `path`, its idle time begins now. Otherwise, and

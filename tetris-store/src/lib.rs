@@ -1,6 +1,8 @@
 //! One copy of every tensor on the machine, whoever loads it.
 
 mod adapters;
+#[cfg(feature = "daemon")]
+pub mod agent;
 mod attach;
 mod backing;
 mod content;

@@ -4,6 +4,8 @@ use std::collections::HashSet;
 
 use carlsbad_types::ByteSize;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::Result;
 use crate::id::ObjectId;
 use crate::manifest::Manifest;
@@ -12,7 +14,7 @@ use crate::store::Store;
 /// What two sets of stored files have in common. Each file counts once, however many models and
 /// tensors it serves: the union of hashes, not the pairwise maximum of the paper, which
 /// misses what one model shares with several others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Overlap {
     /// Bytes of the model's tensors that are here.
     pub shared: ByteSize,

@@ -17,6 +17,8 @@ use std::time::Duration;
 use carlsbad_types::ByteSize;
 use nix::fcntl::OFlag;
 
+use serde::{Deserialize, Serialize};
+
 use crate::backing::read_dir;
 use crate::error::{Error, Result};
 use crate::id::{ModelId, ObjectId};
@@ -30,7 +32,7 @@ use crate::store::{Inner, Store};
 use crate::view;
 
 /// What a sweep did and found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReclaimReport {
     /// Models it freed.
     pub freed: Vec<ModelId>,

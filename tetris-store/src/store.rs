@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use carlsbad_types::ByteSize;
 
+use serde::{Deserialize, Serialize};
+
 use crate::attach::SharedModel;
 use crate::backing::{Backing, Memfd, TmpfsDir, read_dir};
 use crate::error::{Error, Result};
@@ -102,7 +104,7 @@ pub struct StoredModel {
 }
 
 /// What is in the store.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
     /// Models.
     pub models: usize,

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use carlsbad_types::ByteSize;
 
+use serde::{Deserialize, Serialize};
+
 use crate::content::{ContentHasher, PIECE, pieces};
 use crate::error::{Error, Result};
 use crate::id::{Domain, ModelId, ObjectId, TensorId};
@@ -14,7 +16,7 @@ use crate::object::{SINGLE_DATA_OFFSET, read_header};
 use crate::store::Store;
 
 /// What a verification found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyReport {
     /// Stored files that are what their names say.
     pub sound: usize,
@@ -25,7 +27,7 @@ pub struct VerifyReport {
 }
 
 /// Something in the store that is not what its name says.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Damage {
     /// The stored file, where it is one.
     pub object: Option<ObjectId>,

@@ -1,7 +1,9 @@
 //! Files of a model: opened so that nothing hangs and nothing leaves the model's folder, read by
 //! position.
 
-use std::ffi::OsStr;
+#[cfg(feature = "daemon")]
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
@@ -86,6 +88,21 @@ impl ModelFile {
         &self.path
     }
 
+    /// The open file itself and its name in `folder`, to be passed on.
+    #[cfg(feature = "daemon")]
+    pub(crate) fn passed(&self, folder: Option<&Path>) -> Result<(String, File)> {
+        let below = folder.and_then(|folder| self.path.strip_prefix(folder).ok());
+        let name = below.unwrap_or(&self.path).to_str();
+        let (Some(name), Content::File(file)) = (name, &self.content) else {
+            return Err(Error::NotAModel {
+                path: self.path.clone(),
+                why: "it cannot be passed on: its name is no UTF-8 text",
+            });
+        };
+        let file = file.try_clone().map_err(Error::io("open", &self.path))?;
+        Ok((name.to_owned(), file))
+    }
+
     pub(crate) fn len(&self) -> u64 {
         self.len
     }
@@ -136,11 +153,21 @@ impl ModelFile {
 /// (the folder of `snapshots` and `blobs`) is what files must stay in.
 #[derive(Debug)]
 pub(crate) struct ModelFolder {
-    /// Nothing outside is ever opened.
-    root: OwnedFd,
-    /// From `root` to the folder.
-    prefix: PathBuf,
+    place: Place,
     path: PathBuf,
+}
+
+#[derive(Debug)]
+enum Place {
+    Directory {
+        /// Nothing outside is ever opened.
+        root: OwnedFd,
+        /// From `root` to the folder.
+        prefix: PathBuf,
+    },
+    /// Files that another process opened and passed on, by name.
+    #[cfg(feature = "daemon")]
+    Given(BTreeMap<PathBuf, File>),
 }
 
 impl ModelFolder {
@@ -159,10 +186,42 @@ impl ModelFolder {
             .open(root)
             .map_err(Error::io("open", root))?;
         Ok(Self {
-            root: root.into(),
-            prefix,
+            place: Place::Directory {
+                root: root.into(),
+                prefix,
+            },
             path: path.to_owned(),
         })
+    }
+
+    #[cfg(feature = "daemon")]
+    /// Open files as a folder; nothing else is ever opened. `path` is for messages.
+    pub(crate) fn of_files(files: impl IntoIterator<Item = (String, File)>, path: &Path) -> Self {
+        // As `components` spells it: `./a//b` is `a/b`.
+        let plain = |name: String| -> PathBuf {
+            let parts = Path::new(&name).components();
+            parts.filter(|part| *part != Component::CurDir).collect()
+        };
+        let files = files.into_iter().map(|(name, file)| (plain(name), file));
+        Self {
+            place: Place::Given(files.collect()),
+            path: path.to_owned(),
+        }
+    }
+
+    /// The names of what is in the folder, not below, in no particular order.
+    pub(crate) fn names(&self) -> Result<Vec<OsString>> {
+        match &self.place {
+            Place::Directory { .. } => std::fs::read_dir(&self.path)
+                .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
+                .map_err(Error::io("list", &self.path)),
+            #[cfg(feature = "daemon")]
+            Place::Given(files) => Ok(files
+                .keys()
+                .filter(|name| name.components().count() == 1)
+                .map(|name| name.clone().into_os_string())
+                .collect()),
+        }
     }
 
     /// The folder that `file` is in.
@@ -200,13 +259,27 @@ impl ModelFolder {
             return Err(outside("a name is relative and has no `..`"));
         }
         let shown = self.path.join(location);
-        let below = self.prefix.join(location);
+        let (root, prefix) = match &self.place {
+            Place::Directory { root, prefix } => (root, prefix),
+            #[cfg(feature = "daemon")]
+            Place::Given(files) => {
+                let parts = Path::new(location).components();
+                let name: PathBuf = parts.filter(|part| *part != Component::CurDir).collect();
+                let given = files
+                    .get(&name)
+                    .ok_or(std::io::Error::from(ErrorKind::NotFound))
+                    .and_then(File::try_clone)
+                    .map_err(Error::io("open", &shown))?;
+                return ModelFile::from_file(given, &shown);
+            }
+        };
+        let below = prefix.join(location);
         let how = OpenHow::new()
             .flags(FLAGS)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        let opened = match openat2(&self.root, &below, how) {
+        let opened = match openat2(root, &below, how) {
             // Before Linux 5.6, or kept from us by a seccomp filter that does not know the call.
-            Err(Errno::ENOSYS | Errno::EPERM) => self.walk(&below),
+            Err(Errno::ENOSYS | Errno::EPERM) => walk(root, &below),
             other => other,
         };
         match opened {
@@ -215,24 +288,24 @@ impl ModelFolder {
             Err(errno) => Err(Error::io("open", shown)(errno)),
         }
     }
+}
 
-    /// What `openat2` does, less links, which are refused: one component after the other.
-    fn walk(&self, below: &Path) -> nix::Result<OwnedFd> {
-        let mut parts: Vec<&OsStr> = below
-            .components()
-            .filter_map(|part| match part {
-                Component::Normal(name) => Some(name),
-                _ => None,
-            })
-            .collect();
-        let last = parts.pop().ok_or(Errno::EISDIR)?;
-        let step = FLAGS | OFlag::O_NOFOLLOW;
-        let mut folder = self.root.try_clone().map_err(|_| Errno::EMFILE)?;
-        for part in parts {
-            folder = openat(&folder, part, step | OFlag::O_DIRECTORY, Mode::empty())?;
-        }
-        openat(&folder, last, step, Mode::empty())
+/// What `openat2` does, less links, which are refused: one component after the other.
+fn walk(root: &OwnedFd, below: &Path) -> nix::Result<OwnedFd> {
+    let mut parts: Vec<&OsStr> = below
+        .components()
+        .filter_map(|part| match part {
+            Component::Normal(name) => Some(name),
+            _ => None,
+        })
+        .collect();
+    let last = parts.pop().ok_or(Errno::EISDIR)?;
+    let step = FLAGS | OFlag::O_NOFOLLOW;
+    let mut folder = root.try_clone().map_err(|_| Errno::EMFILE)?;
+    for part in parts {
+        folder = openat(&folder, part, step | OFlag::O_DIRECTORY, Mode::empty())?;
     }
+    openat(&folder, last, step, Mode::empty())
 }
 
 /// A file's bytes through a small buffer, for parsers that step from field to field and skip the
@@ -283,11 +356,35 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
+    fn walks(folder: &ModelFolder, location: &str) -> bool {
+        #[allow(
+            irrefutable_let_patterns,
+            reason = "refutable with the feature `daemon`"
+        )]
+        let Place::Directory { root, prefix } = &folder.place else {
+            panic!("not a directory")
+        };
+        walk(root, &prefix.join(location)).is_ok()
+    }
+
     fn open_both_ways(folder: &ModelFolder, location: &str) -> [bool; 2] {
-        [
-            folder.file(location).is_ok(),
-            folder.walk(&folder.prefix.join(location)).is_ok(),
-        ]
+        [folder.file(location).is_ok(), walks(folder, location)]
+    }
+
+    #[cfg(feature = "daemon")]
+    #[test]
+    fn a_folder_of_given_files_has_those_and_no_others() {
+        let file = || File::open("/proc/self/exe").unwrap();
+        let given = [
+            ("sub/./weights".to_owned(), file()),
+            ("a".to_owned(), file()),
+        ];
+        let folder = ModelFolder::of_files(given, Path::new("given"));
+        assert!(folder.file("./sub/weights").is_ok());
+        assert_eq!(folder.names().unwrap(), ["a"]);
+        for location in ["sub", "b", "../a", "/proc/self/exe"] {
+            assert!(folder.file(location).is_err(), "{location}");
+        }
     }
 
     #[test]
@@ -312,7 +409,7 @@ mod tests {
                 matches!(refused, Err(Error::OutsideModel { .. })),
                 "{refused:?}"
             );
-            assert!(folder.walk(Path::new(location)).is_err(), "{location}");
+            assert!(!walks(&folder, location), "{location}");
         }
         let huge = "a/".repeat(3000);
         for location in [

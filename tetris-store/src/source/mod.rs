@@ -16,6 +16,8 @@ pub(crate) mod safetensors;
 pub(crate) mod wire;
 
 use file::ModelFile;
+#[cfg(feature = "daemon")]
+use file::ModelFolder;
 pub use gguf::GgufSource;
 pub(crate) use gguf::HEADER;
 pub(crate) use onnx::GRAPH;
@@ -76,8 +78,16 @@ pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
     if !path.is_dir() {
         return open_model_file(ModelFile::open(path)?, true);
     }
+    match main_of_folder(path)? {
+        None => Ok(Box::new(SafetensorsSource::open(path)?)),
+        Some(model) => open_model_file(ModelFile::open(&model)?, true),
+    }
+}
+
+/// The one model file in a folder; `None` where the folder as a whole is a safetensors model.
+fn main_of_folder(path: &Path) -> Result<Option<PathBuf>> {
     if path.join(safetensors::INDEX).exists() || path.join("model.safetensors").exists() {
-        return Ok(Box::new(SafetensorsSource::open(path)?));
+        return Ok(None);
     }
     let mut models: Vec<PathBuf> = Vec::new();
     for entry in std::fs::read_dir(path).map_err(Error::io("list", path))? {
@@ -88,7 +98,7 @@ pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
         }
     }
     match models.as_slice() {
-        [model] => open_model_file(ModelFile::open(model)?, true),
+        [model] => Ok(Some(model.clone())),
         [] => Err(Error::NotAModel {
             path: path.to_owned(),
             why: "the folder has no .safetensors, .onnx or .gguf file",
@@ -107,6 +117,65 @@ pub fn open_model(path: &Path) -> Result<Box<dyn ModelSource>> {
 /// As [`open_model`].
 pub fn open_model_from(file: File, path: &Path) -> Result<Box<dyn ModelSource>> {
     open_model_file(ModelFile::from_file(file, path)?, false)
+}
+
+/// Opens the model that the open `files` make up, by the names its files know each other by: the
+/// one called `main`, or the folder. `path` is for messages; no other file is opened.
+///
+/// # Errors
+/// As [`open_model`].
+#[cfg(feature = "daemon")]
+pub(crate) fn open_model_of(
+    files: Vec<(String, File)>,
+    main: Option<&str>,
+    path: &Path,
+) -> Result<Box<dyn ModelSource>> {
+    let folder = ModelFolder::of_files(files, path);
+    let Some(main) = main else {
+        return Ok(Box::new(SafetensorsSource::open_folder(folder)?));
+    };
+    let file = folder.file(main)?;
+    if is_onnx(&file)? {
+        return Ok(Box::new(OnnxSource::in_folder(file, folder)?));
+    }
+    open_model_file(file, false)
+}
+
+/// Open files by their names in a model's folder, and which of them is the model, unless the
+/// folder is.
+#[cfg(feature = "daemon")]
+pub(crate) type PassedFiles = (Vec<(String, File)>, Option<String>);
+
+/// The files that the model at `path` needs, opened: what [`open_model_of`] wants.
+///
+/// # Errors
+/// As [`open_model`].
+#[cfg(feature = "daemon")]
+pub(crate) fn files_of_model(path: &Path) -> Result<PassedFiles> {
+    if path.is_dir() {
+        return match main_of_folder(path)? {
+            None => SafetensorsSource::open(path)?.passed(),
+            Some(main) => files_of_model(&main),
+        };
+    }
+    let file = ModelFile::open(path)?;
+    if is_onnx(&file)? {
+        return OnnxSource::from_model_file(file, true)?.passed();
+    }
+    let passed = file.passed(path.parent())?;
+    // Whatever is wrong with it is said here, where its user is.
+    open_model_file(file, false)?;
+    let main = passed.0.clone();
+    Ok((vec![passed], Some(main)))
+}
+
+#[cfg(feature = "daemon")]
+fn is_onnx(file: &ModelFile) -> Result<bool> {
+    let mut start = [0; 9];
+    let held = start.len().min(file.len() as usize);
+    file.read_exact_at(0, &mut start[..held])?;
+    let safetensors = held == 9 && start[4..8] == [0; 4] && start[8] == b'{';
+    Ok(held > 0 && !start.starts_with(gguf::MAGIC) && !safetensors && onnx::may_begin(start[0]))
 }
 
 fn open_model_file(file: ModelFile, named: bool) -> Result<Box<dyn ModelSource>> {

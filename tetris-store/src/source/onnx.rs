@@ -189,10 +189,34 @@ impl OnnxSource {
     }
 
     pub(crate) fn from_model_file(file: ModelFile, named: bool) -> Result<Self> {
+        Self::parse(file, named, None)
+    }
+
+    /// The model in `file`, whose external data is in `folder`.
+    #[cfg(feature = "daemon")]
+    pub(crate) fn in_folder(file: ModelFile, folder: ModelFolder) -> Result<Self> {
+        Self::parse(file, true, Some(folder))
+    }
+
+    /// The files it is in, to be passed on.
+    #[cfg(feature = "daemon")]
+    pub(crate) fn passed(&self) -> Result<super::PassedFiles> {
+        let folder = self.file.path().parent();
+        let main = self.file.passed(folder)?;
+        let name = main.0.clone();
+        let external = self.external.iter().map(|file| file.passed(folder));
+        let files = std::iter::once(Ok(main)).chain(external);
+        Ok((files.collect::<Result<_>>()?, Some(name)))
+    }
+
+    fn parse(file: ModelFile, named: bool, folder: Option<ModelFolder>) -> Result<Self> {
         let mut parser = Parser {
             wire: Wire::new(FORMAT, &file),
             named,
-            external: ExternalFiles::default(),
+            external: ExternalFiles {
+                folder,
+                ..ExternalFiles::default()
+            },
             names: HashSet::new(),
             initializers: Vec::new(),
             decoded: 0,

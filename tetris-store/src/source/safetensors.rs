@@ -86,7 +86,7 @@ impl SafetensorsSource {
         Ok(source)
     }
 
-    fn open_folder(folder: ModelFolder) -> Result<Self> {
+    pub(crate) fn open_folder(folder: ModelFolder) -> Result<Self> {
         let index = match folder.file(INDEX) {
             Ok(file) => Index::read(&file)?,
             Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
@@ -127,6 +127,31 @@ impl SafetensorsSource {
                 why: format!("`{name}` should be in `{location}`, which does not have it"),
             }),
         }
+    }
+
+    /// The files it is in, to be passed on.
+    #[cfg(feature = "daemon")]
+    pub(crate) fn passed(&self) -> Result<super::PassedFiles> {
+        let Some(folder) = &self.folder else {
+            let file = self.files[0].passed(self.files[0].path().parent())?;
+            let name = file.0.clone();
+            return Ok((vec![file], Some(name)));
+        };
+        let mut small = sidecar_names(folder)?;
+        small.push(INDEX.to_owned());
+        let mut files = Vec::new();
+        for name in small {
+            match folder.file(&name) {
+                Ok(file) => files.push(file.passed(Some(folder.path()))?),
+                Err(Error::NotAFile { .. }) => {}
+                Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        for file in &self.files {
+            files.push(file.passed(Some(folder.path()))?);
+        }
+        Ok((files, None))
     }
 
     fn empty(folder: Option<ModelFolder>) -> Self {
@@ -171,6 +196,19 @@ impl SafetensorsSource {
     }
 }
 
+/// The names of what belongs to a model in `folder` besides its weights.
+fn sidecar_names(folder: &ModelFolder) -> Result<Vec<String>> {
+    let is_one = |name: &String| {
+        let extension = Path::new(name).extension().and_then(|it| it.to_str());
+        name != INDEX && extension.is_some_and(|it| SIDECAR_EXTENSIONS.contains(&it))
+    };
+    let names = folder.names()?.into_iter();
+    Ok(names
+        .filter_map(|name| name.into_string().ok())
+        .filter(is_one)
+        .collect())
+}
+
 impl ModelSource for SafetensorsSource {
     fn format(&self) -> SourceFormat {
         SourceFormat::Safetensors
@@ -202,17 +240,7 @@ impl ModelSource for SafetensorsSource {
             return Ok(sidecars);
         };
         let mut total = 0;
-        let listing = std::fs::read_dir(folder.path()).map_err(Error::io("list", folder.path()))?;
-        for entry in listing {
-            let entry = entry.map_err(Error::io("list", folder.path()))?;
-            let name = entry.file_name();
-            let wanted = Path::new(&name)
-                .extension()
-                .and_then(|extension| extension.to_str())
-                .is_some_and(|extension| SIDECAR_EXTENSIONS.contains(&extension));
-            let Some(name) = name.to_str().filter(|name| wanted && *name != INDEX) else {
-                continue;
-            };
+        for name in &sidecar_names(folder)? {
             let file = match folder.file(name) {
                 Err(Error::NotAFile {
                     kind: "a folder", ..
@@ -228,7 +256,7 @@ impl ModelSource for SafetensorsSource {
                 ));
             }
             sidecars.push(Sidecar {
-                name: name.to_owned(),
+                name: name.clone(),
                 bytes: file.read_vec(0, file.len())?,
             });
         }

@@ -16,6 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use carlsbad_types::ByteSize;
 use nix::errno::Errno;
 
+use serde::{Deserialize, Serialize};
+
 use crate::attach::SharedModel;
 use crate::error::{Error, Result};
 use crate::id::{ModelId, ObjectId};
@@ -23,7 +25,8 @@ use crate::lock::{Lock, try_lock};
 use crate::store::Store;
 
 /// For whom a view is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum ViewKind {
     /// A Hugging Face folder: safetensors shards, `model.safetensors.index.json`, and the small
@@ -47,7 +50,7 @@ impl ViewKind {
 }
 
 /// A view that was exported.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct View {
     /// Its folder.
     pub path: PathBuf,

@@ -1,0 +1,273 @@
+//! Whose models and labels those are: how much a user has brought, and who may rename what.
+//!
+//! Kept as files below `<root>/agent`, so that a new agent goes on where the last one ended.
+//! A user is charged for the full size of every model he brought, tensors of several of them once.
+//! What others have brought as well is charged to them, too; so a quota is no one's secret but
+//! one's own.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use carlsbad_types::ByteSize;
+
+use super::wire::Refusal;
+use crate::backing::read_dir;
+use crate::error::{Error, Result};
+use crate::id::{ModelId, ObjectId};
+use crate::label;
+use crate::lock::{Lock, try_lock};
+use crate::store::Store;
+
+#[derive(Debug)]
+pub(super) struct Owners {
+    dir: PathBuf,
+    /// Bytes that ingests under way may yet bring, by user.
+    coming: Mutex<HashMap<u32, u64>>,
+    /// Held while labels and their owners change together.
+    labels: Mutex<()>,
+    /// One agent a store.
+    _lock: File,
+}
+
+/// Room for an ingest; given back by drop, once what it brought counts by itself.
+#[derive(Debug)]
+pub(super) struct Coming<'a> {
+    owners: &'a Owners,
+    user: u32,
+    bytes: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Plain values that are whole at all times.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Owners {
+    /// Takes the store over, or fails with [`Error::AgentRunning`].
+    pub(super) fn open(store: &Store) -> Result<Self> {
+        store.inner.root.check_writable()?;
+        let dir = store.root().join("agent");
+        for dir in [dir.clone(), dir.join("users"), dir.join("labels")] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&dir)
+                .map_err(Error::io("create", dir))?;
+        }
+        let path = dir.join("lock");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(Error::io("open", &path))?;
+        if !try_lock(&file, Lock::Exclusive, &path)? {
+            return Err(Error::AgentRunning { path });
+        }
+        Ok(Self {
+            dir,
+            coming: Mutex::default(),
+            labels: Mutex::default(),
+            _lock: file,
+        })
+    }
+
+    fn models_of(&self, user: u32) -> PathBuf {
+        self.dir.join("users").join(user.to_string())
+    }
+
+    fn owner_of_label(&self, label: &str) -> PathBuf {
+        self.dir.join("labels").join(label)
+    }
+
+    /// Bytes of the models that `user` has brought and that are still there.
+    pub(super) fn used(&self, store: &Store, user: u32) -> Result<ByteSize> {
+        let mut sizes: HashMap<ObjectId, ByteSize> = HashMap::new();
+        for model in self.brought_by(user)? {
+            match store.manifest(&model) {
+                Ok(manifest) => sizes.extend(manifest.object_sizes()),
+                Err(Error::UnknownModel { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let models: ByteSize = sizes.into_values().sum();
+        Ok(models + self.of_views(store, user)?)
+    }
+
+    /// Where `user`'s views are.
+    pub(super) fn views_of(&self, store: &Store, user: u32) -> PathBuf {
+        store.root().join("views").join(user.to_string())
+    }
+
+    /// Bytes that `user`'s views have for themselves.
+    fn of_views(&self, store: &Store, user: u32) -> Result<ByteSize> {
+        let views = self.views_of(store, user);
+        let mut bytes = 0;
+        if !views.exists() {
+            return Ok(ByteSize::ZERO);
+        }
+        for view in read_dir(&views)? {
+            // Removed meanwhile.
+            let Ok(files) = fs::read_dir(view.path()) else {
+                continue;
+            };
+            let files = files.filter_map(|file| file.ok()?.metadata().ok());
+            // What has other links is the store's.
+            let own = files.filter(|file| file.is_file() && file.nlink() == 1);
+            bytes += own.map(|file| file.len()).sum::<u64>();
+        }
+        Ok(ByteSize::new(bytes))
+    }
+
+    fn brought_by(&self, user: u32) -> Result<Vec<ModelId>> {
+        let dir = self.models_of(user);
+        if !dir.exists() {
+            return Ok(Vec::new());
+        }
+        Ok(read_dir(&dir)?
+            .iter()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect())
+    }
+
+    /// Room for `bytes` more from `user`.
+    pub(super) fn expect(
+        &self,
+        store: &Store,
+        user: u32,
+        bytes: ByteSize,
+        quota: Option<ByteSize>,
+    ) -> Result<Coming<'_>> {
+        let mut coming = lock(&self.coming);
+        let of_user = coming.entry(user).or_default();
+        if let Some(quota) = quota {
+            let used = self.used(store, user)? + ByteSize::new(*of_user);
+            if used + bytes > quota {
+                return Err(Error::QuotaExceeded {
+                    need: bytes,
+                    used,
+                    quota,
+                });
+            }
+        }
+        *of_user += bytes.get();
+        Ok(Coming {
+            owners: self,
+            user,
+            bytes: bytes.get(),
+        })
+    }
+
+    /// Notes that `user` has brought `model`.
+    pub(super) fn brought(&self, user: u32, model: &ModelId) -> Result<()> {
+        let dir = self.models_of(user);
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(Error::io("create", &dir))?;
+        let path = dir.join(model.to_string());
+        File::create(&path)
+            .map(drop)
+            .map_err(Error::io("create", path))
+    }
+
+    /// Fails unless `user` may let a model go by `label`: it is his, or nobody's.
+    pub(super) fn check_label(&self, store: &Store, label: &str, user: u32) -> Result<()> {
+        label::check(label)?;
+        if label::get(&store.inner.root, label)?.is_none() {
+            return Ok(());
+        }
+        match fs::read_to_string(self.owner_of_label(label)) {
+            Ok(owner) if owner.trim() == user.to_string() => Ok(()),
+            Ok(_) => Err(not_yours(label)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Err(not_yours(label)),
+            Err(error) => Err(Error::io("read", self.owner_of_label(label))(error)),
+        }
+    }
+
+    /// Lets `model` go by `label`, which is `user`'s from now on.
+    pub(super) fn set_label(
+        &self,
+        store: &Store,
+        label: &str,
+        model: &ModelId,
+        user: u32,
+        admin: bool,
+    ) -> Result<()> {
+        let _alone = lock(&self.labels);
+        label::check(label)?;
+        if !admin {
+            self.check_label(store, label, user)?;
+        }
+        let path = self.owner_of_label(label);
+        fs::write(&path, user.to_string()).map_err(Error::io("write", path))?;
+        store.set_label(label, model)
+    }
+
+    pub(super) fn remove_label(
+        &self,
+        store: &Store,
+        label: &str,
+        user: u32,
+        admin: bool,
+    ) -> Result<bool> {
+        let _alone = lock(&self.labels);
+        label::check(label)?;
+        if !admin {
+            self.check_label(store, label, user)?;
+        }
+        store.remove_label(label)
+    }
+
+    /// Forgets models and labels that are gone.
+    pub(super) fn sweep(&self, store: &Store) -> Result<()> {
+        let _alone = lock(&self.labels);
+        // Looked for one by one, after the note was seen: a model is there before its note.
+        let here = |model: &ModelId| store.inner.root.model(model).exists();
+        for user in read_dir(&self.dir.join("users"))? {
+            for entry in read_dir(&user.path())? {
+                let model = entry.file_name().to_str().and_then(|id| id.parse().ok());
+                if model.is_none_or(|model: ModelId| !here(&model)) {
+                    forget(entry.path())?;
+                }
+            }
+        }
+        for entry in read_dir(&self.dir.join("labels"))? {
+            let name = entry.file_name();
+            let label = name.to_str().unwrap_or_default();
+            if label::get(&store.inner.root, label)?.is_none() {
+                forget(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn forget(path: PathBuf) -> Result<()> {
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn not_yours(label: &str) -> Error {
+    Refusal::NotAllowed.because(format!(
+        "the label `{label}` is another user's: choose another one"
+    ))
+}
+
+impl Drop for Coming<'_> {
+    fn drop(&mut self) {
+        let mut coming = lock(&self.owners.coming);
+        if let Some(bytes) = coming.get_mut(&self.user) {
+            *bytes = bytes.saturating_sub(self.bytes);
+        }
+    }
+}
