@@ -1,8 +1,37 @@
-//! `cargo xtask vm`: a crate's tests on another kernel, in QEMU.
+//! `cargo xtask vm`: a crate's tests on another kernel, as root of a machine of its own, in QEMU.
+//!
+//! The kernel is Debian's, with nothing but a test binary, what it links, and a few tools in an
+//! initial file system. It is emulated: what passes here does not depend on this machine's kernel,
+//! and what is measured here means nothing.
 
-use anyhow::Result;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
-use crate::workspace::Workspace;
+use anyhow::{Context, Result, bail};
+use carlsbad_kit::capability::{Capability, State, cache_dir};
+use serde::Deserialize;
+use tempfile::NamedTempFile;
+
+use crate::shell;
+use crate::workspace::{Package, Workspace};
+
+/// The package that depends on the newest kernel for virtual machines.
+const KERNEL: &str = "linux-image-cloud-amd64";
+const BUSYBOX: &str = "busybox-static";
+/// What tests start, besides the shell.
+const TOOLS: [&str; 5] = [
+    "/usr/bin/unshare",
+    "/usr/bin/setpriv",
+    "/usr/bin/mount",
+    "/usr/bin/umount",
+    "/usr/bin/env",
+];
+/// What the last line of a machine's output begins with.
+const RESULT: &str = "CARLSBAD RESULT ";
 
 /// Arguments of `cargo xtask vm`.
 #[derive(Debug, clap::Args)]
@@ -10,12 +39,237 @@ pub(crate) struct Arguments {
     /// One of the ten; all that exist without it.
     #[arg(value_name = "CRATE")]
     name: Option<String>,
+    /// Only these test targets.
+    #[arg(long = "test", value_name = "TARGET")]
+    tests: Vec<String>,
+    /// How long one machine may run.
+    #[arg(long, default_value_t = 900, value_name = "SECONDS")]
+    timeout: u64,
+    /// Memory of the machine, in MiB.
+    #[arg(long, default_value_t = 3072)]
+    memory: u32,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let workspace = Workspace::load()?;
-    for package in workspace.chosen(arguments.name.as_deref())? {
-        let _ = package.vm_tests();
+    if let State::Missing(why) = Capability::Qemu.state() {
+        bail!("{why}: {}", Capability::Qemu.fix());
     }
+    let workspace = Workspace::load()?;
+    let images = Images::get()?;
+    for package in workspace.chosen(arguments.name.as_deref())? {
+        let mut tests = package.vm_tests().to_vec();
+        if !arguments.tests.is_empty() {
+            tests.clone_from(&arguments.tests);
+        }
+        if tests.is_empty() {
+            eprintln!("{}: nothing to run in a machine of its own", package.name);
+        }
+        for test in tests {
+            let binary = build(package, &test)?;
+            let initramfs = images.pack(&binary)?;
+            eprintln!("{} {test} on {}", package.name, images.release);
+            boot(&images.kernel, initramfs.path(), arguments)
+                .with_context(|| format!("{} {test} on {}", package.name, images.release))?;
+        }
+    }
+    Ok(())
+}
+
+/// The kernel and the shell, unpacked in the cache.
+struct Images {
+    kernel: PathBuf,
+    release: String,
+    busybox: PathBuf,
+}
+
+impl Images {
+    fn get() -> Result<Self> {
+        let cache = cache_dir().join("vm");
+        let package = shell::output(Command::new("apt-cache").args(["depends", KERNEL]))?
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("Depends: ").map(str::to_owned))
+            .with_context(|| format!("apt knows no {KERNEL}: apt-get update"))?;
+        let root = unpack(&cache, &package)?;
+        let release = package.trim_start_matches("linux-image-").to_owned();
+        Ok(Self {
+            kernel: root.join("boot").join(format!("vmlinuz-{release}")),
+            release,
+            busybox: unpack(&cache, BUSYBOX)?.join("bin/busybox"),
+        })
+    }
+
+    /// An initial file system that runs `binary` and switches the machine off.
+    fn pack(&self, binary: &Path) -> Result<NamedTempFile> {
+        let directory = tempfile::Builder::new().prefix("carlsbad-vm-").tempdir()?;
+        let root = directory.path();
+        for name in ["bin", "dev", "proc", "sys", "tmp", "mnt", "run", "usr/bin"] {
+            fs::create_dir_all(root.join(name))?;
+        }
+        let busybox = root.join("bin/busybox");
+        fs::copy(&self.busybox, &busybox)?;
+        for name in [
+            "sh", "cat", "sleep", "dd", "awk", "test", "true", "id", "poweroff", "mkdir",
+        ] {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(name))?;
+        }
+        for tool in TOOLS {
+            copy_with_libraries(Path::new(tool), tool, root)?;
+        }
+        copy_with_libraries(binary, "/test", root)?;
+        fs::write(root.join("init"), include_str!("vm_init.sh"))?;
+        make_executable(&root.join("init"))?;
+
+        let archive = tempfile::Builder::new()
+            .prefix("carlsbad-initramfs-")
+            .tempfile()?;
+        shell::output(
+            Command::new("sh")
+                .current_dir(root)
+                .args(["-c", "find . | ./bin/busybox cpio -o -H newc > \"$0\""])
+                .arg(archive.path()),
+        )?;
+        Ok(archive)
+    }
+}
+
+/// Downloads a package of the distribution and unpacks it, unless it is there.
+fn unpack(cache: &Path, package: &str) -> Result<PathBuf> {
+    let root = cache.join(package);
+    if root.exists() {
+        return Ok(root);
+    }
+    fs::create_dir_all(cache)?;
+    let scratch = tempfile::Builder::new().tempdir_in(cache)?;
+    shell::run(
+        Command::new("apt-get")
+            .current_dir(scratch.path())
+            .args(["download", "-q", package]),
+    )
+    .context("kernels come from the distribution: apt-get update")?;
+    let unpacked = scratch.path().join("unpacked");
+    for entry in fs::read_dir(scratch.path())? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            shell::output(Command::new("dpkg-deb").arg("-x").arg(&path).arg(&unpacked))?;
+        }
+    }
+    fs::rename(&unpacked, &root).with_context(|| format!("cannot make {}", root.display()))?;
+    Ok(root)
+}
+
+/// Builds one test target; gives its binary.
+fn build(package: &Package, test: &str) -> Result<PathBuf> {
+    #[derive(Deserialize)]
+    struct Built {
+        executable: Option<PathBuf>,
+        target: Option<Target>,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+    }
+    let messages = shell::output(
+        shell::cargo()
+            .args(["test", "--no-run", "--message-format", "json"])
+            .args(package.cargo_arguments())
+            .args(["--test", test])
+            .stderr(Stdio::inherit()),
+    )?;
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Built>(line).ok())
+        .filter(|built| {
+            built
+                .target
+                .as_ref()
+                .is_some_and(|target| target.name == test)
+        })
+        .find_map(|built| built.executable)
+        .with_context(|| format!("cargo built no {test}"))
+}
+
+/// Puts a program into `root` as `name`, with the libraries it is linked with.
+fn copy_with_libraries(program: &Path, name: &str, root: &Path) -> Result<()> {
+    let place = |path: &str| root.join(path.trim_start_matches('/'));
+    fs::copy(program, place(name)).with_context(|| format!("cannot copy {}", program.display()))?;
+    let linked = shell::output(Command::new("ldd").arg(program))?;
+    for word in linked
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        let to = place(word);
+        if !to.exists() {
+            if let Some(folder) = to.parent() {
+                fs::create_dir_all(folder)?;
+            }
+            fs::copy(word, &to).with_context(|| format!("cannot copy {word}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs the machine to its end, with its output on ours.
+fn boot(kernel: &Path, initramfs: &Path, arguments: &Arguments) -> Result<()> {
+    let mut qemu = Command::new("qemu-system-x86_64")
+        .args([
+            "-M",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-smp",
+            "2",
+        ])
+        .args(["-m", &format!("{}M", arguments.memory)])
+        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
+        .args(["-serial", "stdio"])
+        .arg("-kernel")
+        .arg(kernel)
+        .arg("-initrd")
+        .arg(initramfs)
+        .args([
+            "-append",
+            "console=ttyS0 quiet panic=-1 random.trust_cpu=on",
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start QEMU")?;
+    let (sender, lines) = channel();
+    let output = qemu.stdout.take();
+    // Reads until the machine is off, and is joined there.
+    let reader = std::thread::spawn(move || {
+        for line in output
+            .into_iter()
+            .flat_map(|out| BufReader::new(out).lines())
+        {
+            if line.is_ok_and(|line| sender.send(line).is_err()) {
+                return;
+            }
+        }
+    });
+    let deadline = Instant::now() + Duration::from_secs(arguments.timeout);
+    let mut result = None;
+    while let Ok(line) = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        println!("    {}", line.trim_end());
+        if let Some((_, status)) = line.split_once(RESULT) {
+            result = Some(status.trim().to_owned());
+        }
+    }
+    // It is off, or it is late.
+    let _already_off = qemu.kill();
+    qemu.wait()?;
+    let _panicked = reader.join();
+    match result.as_deref() {
+        Some("0") => Ok(()),
+        Some(status) => bail!("the tests ended with status {status}"),
+        None => bail!("the machine said no result within {} s", arguments.timeout),
+    }
+}
+
+fn make_executable(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
     Ok(())
 }

@@ -108,6 +108,7 @@ fn of(package: &Package, workspace: &Workspace, arguments: &Arguments) -> Result
         .collect();
     if missing.is_empty() {
         table::render(&package.folder().join("README.md"), &package.name, &judged)?;
+        table::render_headline(&workspace.root.join("README.md"), &package.name, &judged)?;
     } else {
         eprintln!(
             "{}: README not rendered, not measured yet: {}",

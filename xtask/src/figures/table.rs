@@ -26,10 +26,36 @@ pub(crate) fn render(readme: &Path, name: &str, judged: &[Judged]) -> Result<()>
     Ok(())
 }
 
+/// Writes a crate's first figure into its line of the workspace's README.
+pub(crate) fn render_headline(readme: &Path, name: &str, judged: &[Judged]) -> Result<()> {
+    let Some(headline) = judged.first() else {
+        return Ok(());
+    };
+    let words = match (headline.ratio, &headline.baseline) {
+        (Some(ratio), Some(rival)) => {
+            format!("{}: {}x {}", headline.what, number(ratio), rival.name)
+        }
+        _ => headline.what.clone() + ": not measured",
+    };
+    let text =
+        fs::read_to_string(readme).with_context(|| format!("cannot read {}", readme.display()))?;
+    let begin = format!("<!-- headline {name} -->");
+    let new = replace_between(&text, &begin, "<!-- end -->", &cell(&words))
+        .with_context(|| format!("{}: no `{begin}`", readme.display()))?;
+    if new != text {
+        fs::write(readme, new).with_context(|| format!("cannot write {}", readme.display()))?;
+    }
+    Ok(())
+}
+
 fn between_marks(text: &str, table: &str) -> Option<String> {
-    let begin = text.find(BEGIN)? + BEGIN.len();
-    let end = begin + text[begin..].find(END)?;
-    Some(format!("{}\n{table}{}", &text[..begin], &text[end..]))
+    replace_between(text, BEGIN, END, &format!("\n{table}"))
+}
+
+fn replace_between(text: &str, begin: &str, end: &str, new: &str) -> Option<String> {
+    let from = text.find(begin)? + begin.len();
+    let to = from + text[from..].find(end)?;
+    Some(format!("{}{new}{}", &text[..from], &text[to..]))
 }
 
 fn table(name: &str, judged: &[Judged]) -> String {
