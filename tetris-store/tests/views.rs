@@ -6,9 +6,10 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
+use carlsbad_kit::capability::Capability;
 use carlsbad_types::{ByteSize, DType};
 use common::{MemoryModel, random_bytes, scratch, store};
 use prost::encoding::{WireType, encode_key, encode_varint};
@@ -285,6 +286,37 @@ fn a_view_appears_whole_or_not_at_all() {
     assert_eq!(unfinished(&store), 0);
     let objects = store.stats().unwrap().objects;
     assert_eq!(objects, 3);
+}
+
+#[test]
+fn another_user_is_told_why_he_cannot_link() {
+    // What makes the kernel refuse; on a machine without it, anybody may link.
+    let protected = fs::read_to_string("/proc/sys/fs/protected_hardlinks").unwrap();
+    if protected.trim() == "0" || !Capability::Root.or_skip() {
+        return;
+    }
+    let (dir, store) = store();
+    let id = store.ingest(&base()).unwrap().model;
+    for open in [dir.path().to_owned(), store.root().join("tmp")] {
+        fs::set_permissions(open, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    let refused = std::thread::scope(|scope| {
+        let nobody = scope.spawn(|| {
+            // Of this thread alone, and with it the rights of root in the file system.
+            nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65534));
+            store.export_view(&id, ViewKind::HfSharded, &dir.path().join("view"))
+        });
+        nobody.join().unwrap()
+    });
+    assert!(
+        matches!(refused, Err(Error::ViewDenied { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(unfinished(&store), 0);
+    // The control: the owner may.
+    store
+        .export_view(&id, ViewKind::HfSharded, &dir.path().join("view"))
+        .unwrap();
 }
 
 #[test]

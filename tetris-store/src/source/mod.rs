@@ -12,6 +12,7 @@ use crate::manifest::{Sidecar, SourceFormat};
 pub(crate) mod file;
 mod gguf;
 pub(crate) mod onnx;
+pub(crate) mod onnx_proto;
 pub(crate) mod safetensors;
 pub(crate) mod wire;
 
@@ -191,7 +192,7 @@ fn open_model_file(file: ModelFile, named: bool) -> Result<Box<dyn ModelSource>>
     }
     // An ONNX model is a protobuf message, which has no magic number: its first field has a number
     // of ModelProto's and a wire type that goes with it.
-    if held > 0 && onnx::may_begin(start[0]) {
+    if held > 0 && onnx_proto::may_begin(start[0]) {
         return Ok(Box::new(OnnxSource::from_model_file(file, named)?));
     }
     Err(Error::NotAModel {

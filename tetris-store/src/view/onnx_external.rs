@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::id::ObjectId;
 use crate::source::GRAPH;
 use crate::source::file::ModelFile;
-use crate::source::onnx::number::{entry, graph, model, tensor};
+use crate::source::onnx_proto::{entry, graph, model, tensor};
 use crate::source::wire::{Value, Wire, put_bytes, put_varint};
 
 /// Shape inference does not read external data, and what it needs (the operands of Reshape, Slice
