@@ -141,6 +141,9 @@ struct Work {
     /// Bytes of data.
     len: u64,
     pieces: usize,
+    /// The next piece to be read.
+    next: AtomicUsize,
+    /// Pieces that are not done.
     left: AtomicUsize,
     state: Mutex<State>,
 }
@@ -182,6 +185,7 @@ impl Work {
             packed,
             len,
             pieces,
+            next: AtomicUsize::new(0),
             left: AtomicUsize::new(pieces),
             state: Mutex::new(State {
                 fill: Fill::Undecided,
@@ -194,6 +198,7 @@ impl Work {
 
     /// To be done again, and written this time.
     fn again(&self, fill: Fill) {
+        self.next.store(0, Ordering::Relaxed);
         self.left.store(self.pieces, Ordering::Relaxed);
         let mut state = lock(&self.state);
         state.fill = fill;
@@ -286,28 +291,37 @@ impl<'a> Ingest<'a> {
     }
 
     /// Does `works`, on as many threads as are configured and worth starting.
+    ///
+    /// Each thread takes a work of its own as long as there is one, and then helps with others: the
+    /// kernel lets only one thread at a time write to a file.
     fn run(&self, works: &[&Work]) -> Result<()> {
-        let units: Vec<(&Work, usize)> = works
-            .iter()
-            .flat_map(|work| (0..work.pieces).map(move |piece| (*work, piece)))
-            .collect();
         let next = AtomicUsize::new(0);
         let failure = Mutex::new(None);
         let stop = AtomicBool::new(false);
-        let worker = || {
-            let mut buffer = vec![0; PIECE];
+        let drain = |work: &Work, buffer: &mut [u8]| {
             while !stop.load(Ordering::Relaxed) {
-                let Some(&(work, piece)) = units.get(next.fetch_add(1, Ordering::Relaxed)) else {
+                let piece = work.next.fetch_add(1, Ordering::Relaxed);
+                if piece >= work.pieces {
                     break;
-                };
-                if let Err(error) = self.step(work, piece, &mut buffer) {
+                }
+                if let Err(error) = self.step(work, piece, buffer) {
                     stop.store(true, Ordering::Relaxed);
                     lock(&failure).get_or_insert(error);
                 }
             }
         };
+        let worker = || {
+            let mut buffer = vec![0; PIECE];
+            while let Some(work) = works.get(next.fetch_add(1, Ordering::Relaxed)) {
+                drain(work, &mut buffer);
+            }
+            for work in works {
+                drain(work, &mut buffer);
+            }
+        };
+        let pieces: usize = works.iter().map(|work| work.pieces).sum();
         thread::scope(|scope| {
-            for _ in 1..self.store.inner.config.threads.min(units.len()) {
+            for _ in 1..self.store.inner.config.threads.min(pieces) {
                 // Where no further thread can be had, this one does it all.
                 let spawned = thread::Builder::new()
                     .name("tetris-ingest".into())
