@@ -115,7 +115,7 @@ fn one_that_keeps_our_block_taints_and_keeps_its_memory() {
     // SAFETY: the wrapper allocated ODD bytes there, and nobody has freed them.
     unsafe { ptr::write_bytes(hoarded, 7, ODD) };
     // SAFETY: as above.
-    assert_eq!(unsafe { hoarded.add(ODD - 1).read() }, 7);
+    assert_eq!(unsafe { hoarded.wrapping_add(ODD - 1).read() }, 7);
     // SAFETY: the block came from the inner allocator with this layout, and the wrapper is
     // faithful again, so this is the inner allocator's `dealloc`.
     unsafe { std::alloc::dealloc(hoarded, Layout::from_size_align(ODD, 4).unwrap()) };
