@@ -15,12 +15,13 @@ use carlsbad_kit::leak::LeakGuard;
 use carlsbad_kit::memory::MemoryUse;
 use carlsbad_types::DType as Stored;
 use common::{MemoryModel, random_bytes, scratch, store};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use proptest::prelude::*;
 use tetris_store::candle::{CopyReason, MapAlloc, MappedLinear, SharedTensors};
-use tetris_store::{ModelId, Store, StoreConfig};
+use tetris_store::{Error, ModelId, Store, StoreConfig};
 
 #[global_allocator]
 static ALLOCATOR: MapAlloc = MapAlloc::system();
@@ -416,6 +417,90 @@ fn without_address_space_tensors_are_copies() {
     assert!((2..=24).contains(&counts[0]), "{counts:?}");
     assert!((16..=94).contains(&counts[1]), "{counts:?}");
     leaks.check();
+}
+
+#[test]
+#[ignore = "a role of `without_mappings_tensors_are_copies`"]
+fn role_exhausted() {
+    let Some(root) = child::arguments::<String>("role_exhausted") else {
+        return;
+    };
+    let store = Store::open(StoreConfig::at(root)).unwrap();
+    let source = model(1);
+    let id = store.ingest(&source).unwrap().model;
+    let page = std::num::NonZeroUsize::new(4096).unwrap();
+    let mut access = ProtFlags::PROT_NONE;
+    let mut taken = Vec::new();
+    loop {
+        // Neighbours with different rights are not merged into one mapping.
+        access ^= ProtFlags::PROT_READ;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing.
+        match unsafe { mmap_anonymous(None, page, access, MapFlags::MAP_PRIVATE) } {
+            Ok(at) => taken.push(at),
+            Err(_) => break,
+        }
+    }
+    // Room for what the process itself needs meanwhile, and for a part of the model.
+    for at in taken.drain(..).step_by(2).take(2) {
+        // SAFETY: mapped above, and nothing points there.
+        unsafe { munmap(at, 4096) }.unwrap();
+    }
+    let tensors = shared(&store, &id);
+    assert!(bits(&tensors.get("wide.weight").unwrap()) == source.bytes_of("wide.weight"));
+    let report = tensors.report();
+    assert_eq!(
+        report.copied.first().map(|copied| copied.reason),
+        Some(CopyReason::NoVa)
+    );
+    child::tell(report);
+}
+
+#[test]
+fn without_mappings_tensors_are_copies() {
+    let limit = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    if limit.trim().parse::<u64>().unwrap() > 1 << 18 {
+        println!("SKIPPED map exhaustion: sysctl vm.max_map_count=65530");
+        return;
+    }
+    let dir = scratch();
+    let mut role = Role::test("role_exhausted")
+        .start(&dir.path().join("store"))
+        .unwrap();
+    let report = role.hear_any().unwrap();
+    assert!(report.contains("vm.max_map_count"), "{report}");
+    assert!(role.wait().unwrap().success());
+}
+
+#[test]
+#[ignore = "a role of `without_descriptors_there_is_an_error_and_nothing_is_held`"]
+fn role_without_descriptors() {
+    let Some(root) = child::arguments::<String>("role_without_descriptors") else {
+        return;
+    };
+    let store = Store::open(StoreConfig::at(root)).unwrap();
+    let id = store.ingest(&model(1)).unwrap().model;
+    let attached = store.attach(&id).unwrap();
+    let leaks = LeakGuard::process();
+    setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
+    let mut spare: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok())
+        .take(100_000)
+        .collect();
+    let error = SharedTensors::of(&attached).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    spare.clear();
+    leaks.check();
+    assert_eq!(SharedTensors::of(&attached).unwrap().report().copied, []);
+    child::tell("done");
+}
+
+#[test]
+fn without_descriptors_there_is_an_error_and_nothing_is_held() {
+    let dir = scratch();
+    let mut role = Role::test("role_without_descriptors")
+        .start(&dir.path().join("store"))
+        .unwrap();
+    role.hear("done").unwrap();
+    assert!(role.wait().unwrap().success());
 }
 
 #[test]
