@@ -145,6 +145,24 @@ impl SharedModel {
             .ok_or_else(|| self.damaged(id, "it is missing"))
     }
 
+    /// Whether the lease is this process's own, rather than that of a connection to an agent.
+    pub const fn has_own_lease(&self) -> bool {
+        self.lease.is_some()
+    }
+
+    /// Leaves the lease to the program that this process executes next (`execve`), and its
+    /// children: it ends with the last of them. False where the lease belongs to a connection to an
+    /// agent, and ends here.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn keep_lease_on_exec(self) -> Result<bool> {
+        match self.lease {
+            Some(lease) => lease.keep_on_exec().map(|()| true),
+            None => Ok(false),
+        }
+    }
+
     /// Another descriptor of its lease, where it has one.
     #[cfg(feature = "candle")]
     pub(crate) fn share_lease(&self) -> Result<Option<OwnedFd>> {

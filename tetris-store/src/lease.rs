@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
+use std::os::fd::IntoRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -18,6 +19,8 @@ use {
     std::os::fd::{AsRawFd, OwnedFd},
     std::os::unix::ffi::OsStrExt,
 };
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::error::{Error, Result};
 use crate::lifecycle::Moment;
@@ -105,6 +108,20 @@ impl Lease {
             // As in `begin_idle_time`; here there is nowhere to report to.
             let _not_the_owner = now.map(|now| stamp::write(&manifest, now));
         }
+    }
+}
+
+impl Lease {
+    /// Leaves the lease to whatever program this process executes next.
+    pub(crate) fn keep_on_exec(mut self) -> Result<()> {
+        let Some(manifest) = self.manifest.take() else {
+            return Ok(());
+        };
+        fcntl(&manifest, FcntlArg::F_SETFD(FdFlag::empty()))
+            .map_err(Error::io("keep open", &self.path))?;
+        // Nobody here closes it any more.
+        let _kept = manifest.into_raw_fd();
+        Ok(())
     }
 }
 

@@ -18,10 +18,11 @@ use crate::huge_pages::{self, HugePages};
 use crate::id::{Domain, ModelId, ObjectId};
 use crate::label;
 use crate::lease::{Lease, mark_in_use};
-use crate::lifecycle::Moment;
-use crate::lock::Lock;
+use crate::lifecycle::{Lifecycle, Moment};
+use crate::lock::{Lock, try_lock};
 use crate::manifest::Manifest;
 use crate::root::Root;
+use crate::stamp;
 
 /// Where the bytes of stored files are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -201,6 +202,36 @@ impl Store {
             }),
             Err(error) => Err(Error::io("read", path)(error)),
         }
+    }
+
+    /// Where `model` stands: leased, or idle and since when. To look is not to use it.
+    ///
+    /// # Errors
+    /// [`Error::UnknownModel`]; [`Error::Io`].
+    pub fn state(&self, model: &ModelId) -> Result<Lifecycle> {
+        let path = self.inner.root.model(model);
+        let manifest = match File::open(&path) {
+            Ok(manifest) => manifest,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(Error::UnknownModel {
+                    name: model.to_string(),
+                });
+            }
+            Err(error) => return Err(Error::io("open", path)(error)),
+        };
+        // For a moment only: who attaches meanwhile asks again after 50 us.
+        let leased = !try_lock(&manifest, Lock::Exclusive, &path)?;
+        let modified = manifest.metadata().and_then(|it| it.modified());
+        let stamp = stamp::read(modified.map_err(Error::io("look at", path))?);
+        Ok(Lifecycle::seen(leased, stamp, stamp::now()?))
+    }
+
+    /// The present moment, to compare with those of [`state`](Self::state).
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn now() -> Result<Moment> {
+        stamp::now()
     }
 
     /// The ids of all models in the store, ascending.

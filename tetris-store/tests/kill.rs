@@ -61,11 +61,11 @@ fn role_worker() {
 /// Every model that can be attached is whole.
 fn attach_any(store: &Store, models: &[MemoryModel]) {
     for stored in store.models().unwrap() {
-        let shared = match store.attach(&stored.id) {
-            Ok(shared) => shared,
-            Err(Error::UnknownModel { .. }) => continue,
-            Err(error) => panic!("{error}"),
-        };
+        let attached = store.attach(&stored.id);
+        if matches!(attached, Err(Error::UnknownModel { .. })) {
+            continue;
+        }
+        let shared = attached.unwrap();
         let own = shared.tensor("own").unwrap();
         let model = models
             .iter()

@@ -135,17 +135,7 @@ impl<'a> Session<'a> {
             }
             Request::Open { model, object } => self.open(&model, &object)?,
             Request::List => {
-                let list: Vec<Listed> = store
-                    .models()?
-                    .into_iter()
-                    .map(|model| Listed {
-                        id: model.id,
-                        labels: model.labels,
-                        format: model.manifest.format,
-                        tensors: model.manifest.tensors.len(),
-                        bytes: model.manifest.byte_size(),
-                    })
-                    .collect();
+                let list = Listed::all(store)?;
                 let json = serde_json::to_vec(&list).map_err(io::Error::from);
                 with_bytes(
                     Reply::File,

@@ -6,16 +6,18 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use carlsbad_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::id::{ModelId, ObjectId};
 use crate::ingest::Ingested;
+use crate::lifecycle::Lifecycle;
 use crate::manifest::SourceFormat;
 use crate::reclaim::ReclaimReport;
-use crate::store::Stats;
+use crate::store::{Stats, Store};
 use crate::view::{View, ViewKind};
 
 /// In front of every packet. The digit changes when a message changes its meaning.
@@ -139,6 +141,39 @@ pub struct Listed {
     pub tensors: usize,
     /// Bytes of all its tensors.
     pub bytes: ByteSize,
+    /// How long it has been idle; `None` while somebody holds a lease on it.
+    pub idle: Option<Duration>,
+}
+
+impl Listed {
+    /// All of `store`'s models.
+    ///
+    /// # Errors
+    /// As [`Store::models`].
+    pub fn all(store: &Store) -> Result<Vec<Self>> {
+        let mut list = Vec::new();
+        for model in store.models()? {
+            let state = match store.state(&model.id) {
+                Ok(state) => state,
+                // Reclaimed meanwhile.
+                Err(Error::UnknownModel { .. }) => continue,
+                Err(error) => return Err(error),
+            };
+            let idle = match state {
+                Lifecycle::Idle { since } => Some(Store::now()?.since(since)),
+                _ => None,
+            };
+            list.push(Self {
+                id: model.id,
+                labels: model.labels,
+                format: model.manifest.format,
+                tensors: model.manifest.tensors.len(),
+                bytes: model.manifest.byte_size(),
+                idle,
+            });
+        }
+        Ok(list)
+    }
 }
 
 /// Why an agent refused.
