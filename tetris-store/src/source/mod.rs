@@ -176,7 +176,10 @@ fn is_onnx(file: &ModelFile) -> Result<bool> {
     let held = start.len().min(file.len() as usize);
     file.read_exact_at(0, &mut start[..held])?;
     let safetensors = held == 9 && start[4..8] == [0; 4] && start[8] == b'{';
-    Ok(held > 0 && !start.starts_with(gguf::MAGIC) && !safetensors && onnx_proto::may_begin(start[0]))
+    Ok(held > 0
+        && !start.starts_with(gguf::MAGIC)
+        && !safetensors
+        && onnx_proto::may_begin(start[0]))
 }
 
 fn open_model_file(file: ModelFile, named: bool) -> Result<Box<dyn ModelSource>> {
