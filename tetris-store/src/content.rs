@@ -14,7 +14,10 @@ pub(crate) const PIECE: usize = 1 << 20;
 /// What is known of a tensor's content: the digests of its pieces.
 #[derive(Debug)]
 pub(crate) struct ContentHasher {
+    /// As far as they are known. A sparse file may claim more pieces than memory could describe, so
+    /// this grows with what has been read.
     pieces: Vec<Piece>,
+    of: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -34,7 +37,8 @@ pub(crate) const fn pieces(len: u64) -> usize {
 impl ContentHasher {
     pub(crate) fn new(len: u64) -> Self {
         Self {
-            pieces: vec![Piece::Missing; pieces(len)],
+            pieces: Vec::new(),
+            of: pieces(len),
         }
     }
 
@@ -52,11 +56,17 @@ impl ContentHasher {
 
     /// Takes in the digest of piece `index`.
     pub(crate) fn set(&mut self, index: usize, digest: PieceDigest) {
+        if index >= self.pieces.len() {
+            self.pieces.resize(index + 1, Piece::Missing);
+        }
         self.pieces[index] = digest.0;
     }
 
     /// The digest of the whole, once every piece has been set.
     pub(crate) fn finish(&self) -> Option<blake3::Hash> {
+        if self.pieces.len() < self.of {
+            return None;
+        }
         if let [Piece::Whole(hash)] = self.pieces[..] {
             return Some(hash);
         }

@@ -40,6 +40,9 @@ use crate::source::ModelSource;
 use crate::stamp;
 use crate::store::Store;
 
+/// The most extents of a tensor, as in NumPy. A stored file's header has to hold them.
+const MAX_RANK: usize = 64;
+
 /// What else is wanted of an ingest.
 #[derive(Default, Clone, Copy)]
 pub struct IngestOptions<'a> {
@@ -228,6 +231,7 @@ impl<'a> Ingest<'a> {
     }
 
     fn all(&self) -> Result<Ingested> {
+        self.check()?;
         let works = self.plan();
         self.run(&works.iter().collect::<Vec<_>>())?;
         self.fill_what_is_missing(&works)?;
@@ -254,6 +258,24 @@ impl<'a> Ingest<'a> {
             let untouched = published.get(&object.id) == Some(&object.stamp);
             if untouched && object.views == 0 && !needed.contains(&object.id) {
                 inner.backing.evict(&object.id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whoever writes a source may err, and what he says of a tensor is never asked again.
+    fn check(&self) -> Result<()> {
+        for tensor in self.source.tensors() {
+            let bad = |why| Error::BadShape {
+                element: tensor.element.name(),
+                shape: tensor.shape.clone(),
+                why,
+            };
+            if tensor.shape.rank() > MAX_RANK {
+                return Err(bad("more than 64 extents"));
+            }
+            if tensor.element.byte_size(&tensor.shape)?.get() != tensor.len {
+                return Err(bad("its source gives another size"));
             }
         }
         Ok(())

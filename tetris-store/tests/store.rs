@@ -228,3 +228,60 @@ fn a_sealed_memory_file_cannot_be_changed_even_by_its_owner() {
     }
     assert!(tried > 0);
 }
+
+#[test]
+fn a_tensor_of_many_extents_is_stored_whole() {
+    let (_dir, store) = store();
+    let mut shape = vec![1; 3000];
+    shape.push(70_000);
+    let model = MemoryModel::default().with("a", DType::U8, &shape, random_bytes(70_000, 1));
+    let ingested = store.ingest(&model);
+    match ingested {
+        Ok(ingested) => {
+            model.check(&store, &ingested.model);
+            assert_eq!(store.verify().unwrap().damaged, []);
+        }
+        Err(error) => assert!(matches!(error, Error::BadShape { .. }), "{error}"),
+    }
+}
+
+/// A sparse file costs its owner nothing, and may be longer than any memory.
+struct Endless(Vec<tetris_store::SourceTensor>);
+
+impl tetris_store::ModelSource for Endless {
+    fn format(&self) -> tetris_store::SourceFormat {
+        tetris_store::SourceFormat::Safetensors
+    }
+    fn tensors(&self) -> &[tetris_store::SourceTensor] {
+        &self.0
+    }
+    fn read_at(&self, _: usize, offset: u64, into: &mut [u8]) -> tetris_store::Result<()> {
+        into.fill(0);
+        if (4 << 20..1 << 61).contains(&offset) {
+            return Err(Error::Io {
+                what: "read",
+                path: "endless".into(),
+                source: std::io::ErrorKind::UnexpectedEof.into(),
+            });
+        }
+        Ok(())
+    }
+    fn sidecars(&self) -> tetris_store::Result<Vec<tetris_store::Sidecar>> {
+        Ok(Vec::new())
+    }
+}
+
+#[test]
+fn a_tensor_longer_than_any_memory_takes_none_before_it_is_read() {
+    let (_dir, store) = store();
+    let len = 1 << 62;
+    let endless = Endless(vec![tetris_store::SourceTensor {
+        name: "a".into(),
+        element: tetris_store::ElementType::Plain(DType::U8),
+        shape: carlsbad_types::Shape::from([len as usize]),
+        len,
+    }]);
+    let refused = store.ingest(&endless);
+    assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
+    assert_eq!(store.stats().unwrap().objects, 0);
+}
