@@ -66,7 +66,6 @@ impl Store {
         let _no_commits = inner.root.lock(Lock::Exclusive, inner.config.patience)?;
         let mut sweep = Sweep {
             inner,
-            now: stamp::now()?,
             needed: HashSet::new(),
             report: ReclaimReport::default(),
         };
@@ -84,7 +83,6 @@ impl Store {
 
 struct Sweep<'a> {
     inner: &'a Inner,
-    now: Moment,
     /// Stored files of the models that are kept.
     needed: HashSet<ObjectId>,
     report: ReclaimReport,
@@ -100,8 +98,10 @@ impl Sweep<'_> {
         };
         let exclusive = try_lock(&file, Lock::Exclusive, &path)?;
         let stamp = modified(&file, &path)?;
-        let state = Lifecycle::seen(!exclusive, stamp, self.now);
-        if self.is_due(state) {
+        // Of this look, not of the sweep's beginning: a lease may have ended since.
+        let now = stamp::now()?;
+        let state = Lifecycle::seen(!exclusive, stamp, now);
+        if self.is_due(state, now) {
             // Under the lock: whoever takes a lease from here on finds that the name is gone.
             fs::remove_file(&path).map_err(Error::io("free", &path))?;
             self.report.freed.push(*id);
@@ -112,8 +112,8 @@ impl Sweep<'_> {
             if stamp != Moment::IN_USE {
                 mark_in_use(&file, &path);
             }
-        } else if stamp > self.now {
-            stamp::write(&file, self.now).map_err(Error::io("stamp", &path))?;
+        } else if stamp > now {
+            stamp::write(&file, now).map_err(Error::io("stamp", &path))?;
         }
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)
@@ -129,13 +129,13 @@ impl Sweep<'_> {
     }
 
     /// Whether what is in `state` is to be freed; notes it if not.
-    fn is_due(&mut self, state: Lifecycle) -> bool {
+    fn is_due(&mut self, state: Lifecycle, now: Moment) -> bool {
         let keep_alive = self.inner.config.keep_alive;
-        match state.step(Event::ReclaimBegun { keep_alive }, self.now) {
+        match state.step(Event::ReclaimBegun { keep_alive }, now) {
             Ok(_reclaiming) => true,
             Err(IllegalTransition::TooEarly { due }) => {
                 self.report.idle += 1;
-                let wait = due.since(self.now);
+                let wait = due.since(now);
                 let sooner = self.report.next_due.map_or(wait, |next| next.min(wait));
                 self.report.next_due = Some(sooner);
                 false
@@ -154,12 +154,13 @@ impl Sweep<'_> {
                 self.inner.backing.touch(&object.id, Moment::IN_USE)?;
                 continue;
             }
-            if self.is_due(Lifecycle::seen(false, object.stamp, self.now)) {
+            let now = stamp::now()?;
+            if self.is_due(Lifecycle::seen(false, object.stamp, now), now) {
                 self.inner.backing.evict(&object.id)?;
                 self.report.freed_objects += 1;
                 self.report.freed_bytes += object.bytes;
-            } else if object.stamp > self.now {
-                self.inner.backing.touch(&object.id, self.now)?;
+            } else if object.stamp > now {
+                self.inner.backing.touch(&object.id, now)?;
             }
         }
         if self.report.freed_objects > 0 {
