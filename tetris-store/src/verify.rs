@@ -70,33 +70,21 @@ impl Store {
         };
         for object in self.inner.backing.list()? {
             let id = object.id;
-            let Some(file) = self.inner.backing.open(&id)? else {
-                continue;
-            };
-            let path = self
-                .object_path(&id)
-                .unwrap_or_else(|| PathBuf::from(id.to_string()));
-            match check_object(
-                &file,
-                &path,
-                &id,
-                &self.inner.config.domain,
-                &mut report.bytes,
-            ) {
-                Ok(()) => report.sound += 1,
-                Err(Error::Damaged { why, .. }) => {
-                    report.damaged.push(Damage {
-                        object: Some(id),
-                        why,
-                        models: users(&id),
-                    });
-                }
-                Err(error) => return Err(error),
+            match self.examine(&id, &mut report.bytes)? {
+                // Evicted meanwhile.
+                None => {}
+                Some(Ok(())) => report.sound += 1,
+                Some(Err(why)) => report.damaged.push(Damage {
+                    object: Some(id),
+                    why,
+                    models: users(&id),
+                }),
             }
         }
         for (model, manifest) in &manifests {
             for object in manifest.objects() {
-                if !self.inner.backing.contains(&object)? {
+                // The model first: a sweep frees it, and then what only it needed.
+                if !self.inner.backing.contains(&object)? && self.inner.root.model(model).exists() {
                     let why = "it is missing".to_owned();
                     let models = vec![*model];
                     report.damaged.push(Damage {
@@ -122,16 +110,48 @@ impl Store {
             .lock(Lock::Exclusive, self.inner.config.patience)?;
         for damage in &report.damaged {
             match &damage.object {
-                Some(object) => self.inner.backing.evict(object)?,
+                // Looked at again: it may have been reclaimed or repaired since.
+                Some(object) => {
+                    if let Some(Err(_)) = self.examine(object, &mut ByteSize::default())? {
+                        self.inner.backing.evict(object)?;
+                    }
+                }
                 None => {
                     for model in &damage.models {
+                        let sound = match self.manifest(model) {
+                            Ok(manifest) => manifest.id(&self.inner.config.domain) == *model,
+                            Err(Error::Damaged { .. }) => false,
+                            Err(Error::UnknownModel { .. }) => continue,
+                            Err(error) => return Err(error),
+                        };
                         let path = self.inner.root.model(model);
-                        std::fs::remove_file(&path).map_err(Error::io("remove", path))?;
+                        if !sound {
+                            std::fs::remove_file(&path).map_err(Error::io("remove", path))?;
+                        }
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    /// Whether the stored file `id` is what its name says, or why not; `None` where there is none.
+    fn examine(
+        &self,
+        id: &ObjectId,
+        read: &mut ByteSize,
+    ) -> Result<Option<std::result::Result<(), String>>> {
+        let Some(file) = self.inner.backing.open(id)? else {
+            return Ok(None);
+        };
+        let path = self
+            .object_path(id)
+            .unwrap_or_else(|| PathBuf::from(id.to_string()));
+        match check_object(&file, &path, id, &self.inner.config.domain, read) {
+            Ok(()) => Ok(Some(Ok(()))),
+            Err(Error::Damaged { why, .. }) => Ok(Some(Err(why))),
+            Err(error) => Err(error),
+        }
     }
 }
 
