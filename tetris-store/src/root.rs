@@ -132,7 +132,12 @@ impl Root {
         for dir in [self.models(), self.names(), self.hints(), self.tmp()] {
             for entry in read_dir(&dir)? {
                 let left = entry.path();
-                fs::remove_file(&left).map_err(Error::io("remove", left))?;
+                // A folder: of a view that its maker did not come to give up.
+                let removed = match entry.file_type() {
+                    Ok(kind) if kind.is_dir() => fs::remove_dir_all(&left),
+                    _ => fs::remove_file(&left),
+                };
+                removed.map_err(Error::io("remove", left))?;
             }
         }
         Ok(file)
