@@ -527,11 +527,12 @@ impl<'a> Ingest<'a> {
                 .map_err(Error::io("publish", object.to_string()))?,
         };
         let now = stamp::now()?;
-        if self.store.inner.backing.publish(file, object, now)? {
+        let publish = || self.store.inner.backing.publish(file, object, now);
+        if self.room.settle(size, publish)? {
             self.written.fetch_add(len, Ordering::Relaxed);
             lock(&self.published).push((*object, now));
         }
-        self.room.settle(size)
+        Ok(())
     }
 
     /// Whether the store has `object`; if so it counts as used now.

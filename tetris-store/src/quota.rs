@@ -1,8 +1,9 @@
 //! The quota: how much may be stored, fills under way included.
 //!
 //! No counter is kept, since whoever dies would leave it wrong. What is used is what the files
-//! take, plus the *reservations* of those who fill: files in `tmp` whose size is what is reserved
-//! and which take no memory. A reservation is locked while its owner lives, and does not count
+//! take, plus the *reservations* of those who fill: files in `tmp` which take no memory, a byte long
+//! for each page that is reserved (a byte for a byte would meet the limit on file sizes, which
+//! kills). A reservation is locked while its owner lives, and does not count
 //! otherwise.
 
 use std::fs::{self, File};
@@ -17,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::lock::{Lock, try_lock};
 use crate::object::DATA_ALIGNMENT;
 use crate::publish::Claim;
-use crate::reclaim::is_abandoned;
+use crate::reclaim::abandoned;
 use crate::store::Inner;
 
 /// How much is reserved at once, so that the store is not measured for every tensor.
@@ -33,7 +34,7 @@ pub(crate) struct Reservation<'a> {
 #[derive(Debug, Default)]
 struct Held {
     file: Option<(File, PathBuf)>,
-    /// The size of the file: reserved and not yet stored.
+    /// Reserved and not yet stored; whole pages.
     reserved: u64,
     /// How much of it is spoken for by fills under way.
     spoken_for: u64,
@@ -74,22 +75,27 @@ impl<'a> Reservation<'a> {
                 });
             }
             let grow = STEP.min(planned).max(missing).min(free);
-            held.grow(grow, &tmp)?;
+            held.grow(grow / DATA_ALIGNMENT * DATA_ALIGNMENT, &tmp)?;
         }
         held.spoken_for += need;
         Ok(())
     }
 
-    /// Gives back the room for a file of `size` bytes: it is stored, and counts by itself.
-    pub(crate) fn settle(&self, size: u64) -> Result<()> {
+    /// Stores a file of `size` bytes by `publish`, and gives its room back: it counts by itself
+    /// then. Nobody measures in between, when it counts twice.
+    pub(crate) fn settle(&self, size: u64, publish: impl FnOnce() -> Result<bool>) -> Result<bool> {
         if self.inner.config.quota.is_none() {
-            return Ok(());
+            return publish();
         }
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where it is not to be had in time, somebody may be refused too early.
+        let _alone = Claim::wait(&self.inner.root.tmp(), "quota", self.inner.config.patience)?;
+        let published = publish()?;
         let size = in_pages(size);
         held.spoken_for = held.spoken_for.saturating_sub(size);
         held.reserved = held.reserved.saturating_sub(size);
-        held.resize()
+        held.resize()?;
+        Ok(published)
     }
 }
 
@@ -104,7 +110,7 @@ impl Held {
         // Locked and sized before it has a name: nobody sees it without.
         let file = unnamed(tmp).map_err(failed)?;
         try_lock(&file, Lock::Exclusive, tmp)?;
-        file.set_len(self.reserved).map_err(failed)?;
+        file.set_len(self.pages()).map_err(failed)?;
         loop {
             let unique = NEXT.fetch_add(1, Ordering::Relaxed);
             let path = tmp.join(format!("{PREFIX}{}-{unique}", std::process::id()));
@@ -116,10 +122,14 @@ impl Held {
         }
     }
 
+    const fn pages(&self) -> u64 {
+        self.reserved / DATA_ALIGNMENT
+    }
+
     fn resize(&mut self) -> Result<()> {
         match &self.file {
             Some((file, path)) => file
-                .set_len(self.reserved)
+                .set_len(self.pages())
                 .map_err(Error::io("reserve in", path)),
             None => Ok(()),
         }
@@ -164,8 +174,9 @@ impl Inner {
             let Ok(metadata) = entry.metadata() else {
                 continue;
             };
-            if !is_abandoned(&entry.path())? {
-                reserved += ByteSize::new(metadata.len());
+            // Left for a sweep to remove: this process may only be looking.
+            if abandoned(&entry.path())?.is_none() {
+                reserved += ByteSize::new(metadata.len().saturating_mul(DATA_ALIGNMENT));
             }
         }
         Ok(reserved)

@@ -211,22 +211,30 @@ impl Sweep<'_> {
 }
 
 /// Whether nobody has locked the file at `path`; it is removed then, while nobody can.
-pub(crate) fn is_abandoned(path: &Path) -> Result<bool> {
+fn is_abandoned(path: &Path) -> Result<bool> {
+    match abandoned(path)? {
+        Some(_lock) => remove(path).map(|()| true),
+        None => Ok(false),
+    }
+}
+
+/// The file at `path`, locked, if nobody else has locked it.
+pub(crate) fn abandoned(path: &Path) -> Result<Option<File>> {
     let opened = OpenOptions::new()
         .read(true)
         .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
         .open(path);
     let Ok(file) = opened else {
-        return Ok(false);
+        return Ok(None);
     };
     if !try_lock(&file, Lock::Exclusive, path)? {
-        return Ok(false);
+        return Ok(None);
     }
     let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
-    match (file.metadata(), fs::symlink_metadata(path)) {
-        (Ok(locked), Ok(named)) if same(&locked, &named) => remove(path).map(|()| true),
-        _ => Ok(false),
-    }
+    Ok(match (file.metadata(), fs::symlink_metadata(path)) {
+        (Ok(locked), Ok(named)) if same(&locked, &named) => Some(file),
+        _ => None,
+    })
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use carlsbad_kit::capability::Capability;
 use carlsbad_kit::child::{self, Child, Role};
 use carlsbad_kit::require;
-use carlsbad_types::DType;
+use carlsbad_types::{ByteSize, DType};
 use common::{MemoryModel, random_bytes, scratch, store};
 use nix::sys::resource::{Resource, setrlimit};
 use serde::{Deserialize, Serialize};
@@ -346,6 +346,17 @@ fn role_under_limits() {
         let refused = store.ingest(&model);
         assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
         nothing_is_left(&store);
+        // Files within the limit, reservations beyond it: ten of them are under way at once.
+        let quota = StoreConfig {
+            quota: Some(ByteSize::mib(100)),
+            threads: 10,
+            ..store.config().clone()
+        };
+        let many = (0..40).fold(MemoryModel::default(), |model, seed| {
+            model.with_random(&format!("t{seed}"), 900_000, seed)
+        });
+        let store = Store::open(quota).unwrap();
+        many.check(&store, &store.ingest(&many).unwrap().model);
         child::tell("held");
         return;
     }

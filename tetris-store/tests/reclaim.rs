@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use carlsbad_types::ByteSize;
 use common::{MemoryModel, scratch, store};
-use tetris_store::{Error, IngestOptions, Store, StoreConfig};
+use tetris_store::{BackingKind, Error, IngestOptions, Store, StoreConfig};
 
 const KEEP_ALIVE: Duration = Duration::from_millis(150);
 
@@ -147,6 +147,8 @@ fn stale_temporaries_are_swept() {
     for left in ["claim-00", "reserve-1-1", "anything"] {
         std::fs::write(tmp.join(left), "").unwrap();
     }
+    // Looking removes nothing: whoever looks may have a read-only mount.
+    assert_eq!(store.stats().unwrap().reserved, ByteSize::ZERO);
     assert_eq!(store.reclaim().unwrap().stale, 3);
     assert!(is_empty(&store));
 }
@@ -249,4 +251,89 @@ fn overlap_counts_the_union_once() {
     assert_eq!(overlap.shared, ByteSize::new(200_000));
     assert_eq!(overlap.missing, ByteSize::new(100_000));
     assert_eq!(store.overlap(&manifests[0]).unwrap().ratio(), 1.0);
+}
+
+#[test]
+fn a_lease_that_ends_during_a_long_sweep_begins_its_idle_time_then() {
+    const LONG: Duration = Duration::from_secs(1);
+    let dir = scratch();
+    let mut config = StoreConfig::at(dir.path().join("store"));
+    config.keep_alive = LONG;
+    let store = Store::open(config).unwrap();
+    let id = store
+        .ingest(&MemoryModel::default().with_random("a", 70_000, 1))
+        .unwrap()
+        .model;
+    let shared = store.attach(&id).unwrap();
+    // The sweep comes to this first, and stays until somebody opens the other end.
+    let first = store.root().join(format!("models/{}", "0".repeat(64)));
+    nix::unistd::mkfifo(&first, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let ended = std::thread::scope(|scope| {
+        let sweep = scope.spawn(|| store.reclaim().unwrap());
+        std::thread::sleep(LONG);
+        drop(shared);
+        let ended = std::time::Instant::now();
+        drop(std::fs::OpenOptions::new().write(true).open(&first));
+        sweep.join().unwrap();
+        ended
+    });
+    std::fs::remove_file(&first).unwrap();
+    let report = store.reclaim().unwrap();
+    assert!(ended.elapsed() < LONG, "this machine is too slow to tell");
+    assert_eq!(report.freed, [], "freed before its time");
+    assert!(report.next_due.unwrap() > LONG - ended.elapsed());
+}
+
+#[test]
+fn a_report_of_damage_that_is_repaired_meanwhile_costs_nothing() {
+    let (_dir, store) = store();
+    let model = MemoryModel::default().with_random("a", 70_000, 2);
+    let id = store.ingest(&model).unwrap().model;
+    let object = store.manifest(&id).unwrap().tensor("a").unwrap().object;
+    std::fs::remove_file(store.object_path(&object).unwrap()).unwrap();
+    let manifest = store.root().join(format!("models/{id}"));
+    let whole = std::fs::read(&manifest).unwrap();
+    let missing = store.verify().unwrap();
+    assert_eq!(missing.damaged.len(), 1);
+    store.ingest(&model).unwrap();
+    store.discard(&missing).unwrap();
+    model.check(&store, &id);
+
+    std::fs::set_permissions(&manifest, std::fs::Permissions::from_mode(0o644)).unwrap();
+    std::fs::write(&manifest, &whole[..whole.len() - 1]).unwrap();
+    let cut = store.verify().unwrap();
+    assert_eq!(cut.damaged.len(), 1);
+    std::fs::write(&manifest, &whole).unwrap();
+    store.discard(&cut).unwrap();
+    model.check(&store, &id);
+    std::fs::remove_file(&manifest).unwrap();
+    store.discard(&cut).unwrap();
+}
+
+#[test]
+fn a_store_of_memory_files_opens_whatever_a_dead_owner_left() {
+    let dir = scratch();
+    let mut config = StoreConfig::at(dir.path().join("store"));
+    config.backing = BackingKind::Memfd;
+    drop(Store::open(config.clone()).unwrap());
+    let left = dir.path().join("store/tmp/view-1-0");
+    std::fs::create_dir(&left).unwrap();
+    std::fs::write(left.join("half"), "half").unwrap();
+    Store::open(config).unwrap();
+    assert!(!left.exists());
+}
+
+#[test]
+fn a_model_that_just_fits_the_quota_fits_however_many_threads_store_it() {
+    let model = (0..48).fold(MemoryModel::default(), |model, seed| {
+        model.with_random(&format!("t{seed}"), 1 << 20, seed)
+    });
+    for _ in 0..10 {
+        let dir = scratch();
+        let mut config = StoreConfig::at(dir.path().join("store"));
+        config.quota = Some(ByteSize::new(48 * ((1 << 20) + 4096)));
+        config.threads = 8;
+        let store = Store::open(config).unwrap();
+        store.ingest(&model).unwrap();
+    }
 }
