@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use carlsbad_types::ByteSize;
 use memmap2::Mmap;
 
-use crate::backing::Backing;
+use crate::backing::Objects;
 use crate::error::{Error, Result};
 use crate::id::{ModelId, ObjectId};
 use crate::lease::Lease;
@@ -26,7 +26,7 @@ pub struct SharedModel {
     objects: Vec<MappedObject>,
     /// For every tensor the position of its stored file in `objects`.
     object_of: Vec<u32>,
-    backing: Arc<dyn Backing>,
+    files: Arc<dyn Objects>,
     #[cfg_attr(
         not(feature = "candle"),
         allow(dead_code, reason = "held for what its end means")
@@ -53,7 +53,7 @@ impl SharedModel {
     pub(crate) fn new(
         id: ModelId,
         manifest: Manifest,
-        backing: Arc<dyn Backing>,
+        files: Arc<dyn Objects>,
         lease: Option<Lease>,
     ) -> Self {
         let ids = manifest.objects();
@@ -71,7 +71,7 @@ impl SharedModel {
             manifest,
             objects: ids.into_iter().map(mapped).collect(),
             object_of,
-            backing,
+            files,
             lease,
         }
     }
@@ -140,7 +140,7 @@ impl SharedModel {
 
     /// The stored file `id`, which is one of this model's, open for reading.
     pub(crate) fn open_object(&self, id: &ObjectId) -> Result<File> {
-        self.backing
+        self.files
             .open(id)?
             .ok_or_else(|| self.damaged(id, "it is missing"))
     }
@@ -176,7 +176,7 @@ impl SharedModel {
 
     fn object_name(&self, id: &ObjectId) -> PathBuf {
         let unnamed = || PathBuf::from(format!("object {id:.12}"));
-        self.backing.path(id).unwrap_or_else(unnamed)
+        self.files.path(id).unwrap_or_else(unnamed)
     }
 
     fn damaged(&self, id: &ObjectId, why: &str) -> Error {

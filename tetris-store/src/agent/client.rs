@@ -13,11 +13,10 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use super::channel::{Channel, Received};
 use super::wire::{AgentStats, Listed, MAX_FILES, Reply, Request};
 use crate::attach::SharedModel;
-use crate::backing::{Backing, StoredObject};
+use crate::backing::Objects;
 use crate::error::{Error, Result};
 use crate::id::{Domain, ModelId, ObjectId};
 use crate::ingest::{IngestOptions, Ingested, Progress};
-use crate::lifecycle::Moment;
 use crate::manifest::Manifest;
 use crate::reclaim::ReclaimReport;
 use crate::source::files_of_model;
@@ -419,23 +418,7 @@ struct Lent {
     model: ModelId,
 }
 
-impl Lent {
-    fn read_only<T>(&self) -> Result<T> {
-        Err(Error::ReadOnly {
-            path: self.connection.socket.clone(),
-        })
-    }
-}
-
-impl Backing for Lent {
-    fn begin(&self) -> Result<File> {
-        self.read_only()
-    }
-
-    fn publish(&self, _: File, _: &ObjectId, _: Moment) -> Result<bool> {
-        self.read_only()
-    }
-
+impl Objects for Lent {
     fn open(&self, id: &ObjectId) -> Result<Option<File>> {
         let request = Request::Open {
             model: self.model,
@@ -445,22 +428,6 @@ impl Backing for Lent {
             (Reply::File, files) => Ok(files.into_iter().next().map(File::from)),
             (reply, _) => Err(self.connection.unexpected(&reply)),
         }
-    }
-
-    fn contains(&self, id: &ObjectId) -> Result<bool> {
-        self.open(id).map(|file| file.is_some())
-    }
-
-    fn touch(&self, _: &ObjectId, _: Moment) -> Result<bool> {
-        self.read_only()
-    }
-
-    fn evict(&self, _: &ObjectId) -> Result<()> {
-        self.read_only()
-    }
-
-    fn list(&self) -> Result<Vec<StoredObject>> {
-        self.read_only()
     }
 
     fn path(&self, _: &ObjectId) -> Option<PathBuf> {

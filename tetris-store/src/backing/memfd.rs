@@ -11,7 +11,7 @@ use carlsbad_types::ByteSize;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{Backing, StoredObject};
+use super::{Backing, Objects, StoredObject};
 use crate::error::{Error, Result};
 use crate::id::ObjectId;
 use crate::lifecycle::Moment;
@@ -30,6 +30,18 @@ impl Memfd {
 }
 
 const NAME: &str = "tetris-store";
+
+impl Objects for Memfd {
+    fn open(&self, id: &ObjectId) -> Result<Option<File>> {
+        let objects = self.objects();
+        let file = objects.get(id).map(|(file, _)| file.try_clone());
+        file.transpose().map_err(Error::io("open", id.to_string()))
+    }
+
+    fn path(&self, _: &ObjectId) -> Option<PathBuf> {
+        None
+    }
+}
 
 impl Backing for Memfd {
     fn begin(&self) -> Result<File> {
@@ -51,12 +63,6 @@ impl Backing for Memfd {
         }
         objects.insert(*id, (file, at));
         Ok(true)
-    }
-
-    fn open(&self, id: &ObjectId) -> Result<Option<File>> {
-        let objects = self.objects();
-        let file = objects.get(id).map(|(file, _)| file.try_clone());
-        file.transpose().map_err(Error::io("open", id.to_string()))
     }
 
     fn contains(&self, id: &ObjectId) -> Result<bool> {
@@ -92,9 +98,5 @@ impl Backing for Memfd {
             })
         };
         objects.iter().map(describe).collect()
-    }
-
-    fn path(&self, _: &ObjectId) -> Option<PathBuf> {
-        None
     }
 }

@@ -16,17 +16,23 @@ use crate::lifecycle::Moment;
 pub(crate) use memfd::Memfd;
 pub(crate) use tmpfs_dir::{TmpfsDir, name, read_dir, unnamed};
 
+/// Stored files to be read: all that a process needs that uses them.
+pub(crate) trait Objects: Send + Sync + fmt::Debug {
+    /// The stored file, to be read; `None` where it does not exist.
+    fn open(&self, id: &ObjectId) -> Result<Option<File>>;
+
+    /// Its path, where it has one.
+    fn path(&self, id: &ObjectId) -> Option<PathBuf>;
+}
+
 /// A place for stored files. It does what it is told and decides nothing.
-pub(crate) trait Backing: Send + Sync + fmt::Debug {
+pub(crate) trait Backing: Objects {
     /// A hidden, empty file to be filled: nobody else sees it, and it ceases to exist with its last
     /// descriptor unless it is published.
     fn begin(&self) -> Result<File>;
 
     /// Makes `file` visible as `id`, read-only from now on. False where that exists already.
     fn publish(&self, file: File, id: &ObjectId, at: Moment) -> Result<bool>;
-
-    /// The stored file, to be read; `None` where it does not exist.
-    fn open(&self, id: &ObjectId) -> Result<Option<File>>;
 
     /// Whether it exists.
     fn contains(&self, id: &ObjectId) -> Result<bool>;
@@ -39,9 +45,6 @@ pub(crate) trait Backing: Send + Sync + fmt::Debug {
 
     /// Every stored file.
     fn list(&self) -> Result<Vec<StoredObject>>;
-
-    /// Its path, where it has one.
-    fn path(&self, id: &ObjectId) -> Option<PathBuf>;
 }
 
 /// A stored file.

@@ -12,7 +12,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::linkat;
 
-use super::{Backing, StoredObject};
+use super::{Backing, Objects, StoredObject};
 use crate::error::{Error, Result};
 use crate::id::ObjectId;
 use crate::lifecycle::Moment;
@@ -68,6 +68,21 @@ pub(crate) fn name(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
+impl Objects for TmpfsDir {
+    fn open(&self, id: &ObjectId) -> Result<Option<File>> {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        match openat(&self.dir, Self::relative(id).as_str(), flags, Mode::empty()) {
+            Ok(file) => Ok(Some(file.into())),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(errno) => Err(Error::io("open", self.absolute(id))(errno)),
+        }
+    }
+
+    fn path(&self, id: &ObjectId) -> Option<PathBuf> {
+        Some(self.absolute(id))
+    }
+}
+
 impl Backing for TmpfsDir {
     fn begin(&self) -> Result<File> {
         unnamed(&self.path).map_err(Error::io("create a file in", &self.path))
@@ -90,15 +105,6 @@ impl Backing for TmpfsDir {
                 }
             }
             named => named.map_err(failed),
-        }
-    }
-
-    fn open(&self, id: &ObjectId) -> Result<Option<File>> {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-        match openat(&self.dir, Self::relative(id).as_str(), flags, Mode::empty()) {
-            Ok(file) => Ok(Some(file.into())),
-            Err(Errno::ENOENT) => Ok(None),
-            Err(errno) => Err(Error::io("open", self.absolute(id))(errno)),
         }
     }
 
@@ -158,10 +164,6 @@ impl Backing for TmpfsDir {
             }
         }
         Ok(objects)
-    }
-
-    fn path(&self, id: &ObjectId) -> Option<PathBuf> {
-        Some(self.absolute(id))
     }
 }
 
