@@ -255,7 +255,7 @@ fn overlap_counts_the_union_once() {
 
 #[test]
 fn a_lease_that_ends_during_a_long_sweep_begins_its_idle_time_then() {
-    const LONG: Duration = Duration::from_secs(1);
+    const LONG: Duration = Duration::from_secs(2);
     let dir = scratch();
     let mut config = StoreConfig::at(dir.path().join("store"));
     config.keep_alive = LONG;
@@ -267,13 +267,20 @@ fn a_lease_that_ends_during_a_long_sweep_begins_its_idle_time_then() {
     let shared = store.attach(&id).unwrap();
     // The sweep comes to this first, and stays until somebody opens the other end.
     let first = store.root().join(format!("models/{}", "0".repeat(64)));
-    nix::unistd::mkfifo(&first, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    // Its owner may write to it: without privilege the other end could not be opened otherwise.
+    let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+    nix::unistd::mkfifo(&first, mode).unwrap();
     let ended = std::thread::scope(|scope| {
         let sweep = scope.spawn(|| store.reclaim().unwrap());
         std::thread::sleep(LONG);
         drop(shared);
         let ended = std::time::Instant::now();
-        drop(std::fs::OpenOptions::new().write(true).open(&first));
+        drop(
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open(&first)
+                .unwrap(),
+        );
         sweep.join().unwrap();
         ended
     });
