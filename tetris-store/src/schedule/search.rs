@@ -14,9 +14,9 @@ const PASSES: usize = 8;
 /// Instances of which all pairs are tried as swaps; with more, a pass would take seconds.
 const SWAPPED: usize = 400;
 /// Instances up to which exhaustive search is tried; beyond, its budget would not get far.
-const SEARCHED: usize = 64;
+const SEARCHED: usize = 20;
 /// Partial plans looked at: some tens of milliseconds.
-const BUDGET: u32 = 200_000;
+const BUDGET: u32 = 100_000;
 
 /// A plan that holds no more bytes than `draft`.
 pub(super) fn improve(problem: &Problem, nodes: &[Node], mut draft: Draft) -> Draft {
