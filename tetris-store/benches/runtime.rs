@@ -55,23 +55,26 @@ impl Model {
         let mut x: Vector = inputs.concat();
         for layer in &self.layers {
             let mut y = vec![0.0f32; x.len()];
-            // SAFETY: y is inputs x WIDTH, x the same, the layer WIDTH x WIDTH, all dense and
-            // row-major, and y is no part of the others.
+            let (width, stride) = (WIDTH, WIDTH as isize);
+            let (to, from, weights) = (y.as_mut_ptr(), x.as_ptr(), layer.as_ptr());
+            // Transposed, so that the long side is the one that is vectorised.
+            // SAFETY: y and x are WIDTH x inputs and the layer is WIDTH x WIDTH, all dense and
+            // column-major, and y is no part of the others.
             unsafe {
                 gemm(
+                    width,
                     inputs.len(),
-                    WIDTH,
-                    WIDTH,
-                    y.as_mut_ptr(),
+                    width,
+                    to,
+                    stride,
                     1,
-                    WIDTH as isize,
                     false,
-                    x.as_ptr(),
+                    weights,
+                    stride,
                     1,
-                    WIDTH as isize,
-                    layer.as_ptr(),
+                    from,
+                    stride,
                     1,
-                    WIDTH as isize,
                     0.0,
                     1.0,
                     false,
