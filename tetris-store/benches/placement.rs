@@ -91,7 +91,7 @@ fn compare(clusters: u64, least: u32, nodes: usize, functions: usize, loads: u32
         let (functions, nodes) = cluster(seed, nodes, functions, least..=loads);
         let mut ours = None;
         held.ms.push(time_ms(|| {
-            ours = planned(&functions, &nodes, Placement::Union)
+            ours = planned(&functions, &nodes, Placement::Union);
         }));
         let paper = planned(&functions, &nodes, Placement::Pairwise);
         match (ours, paper) {
@@ -111,7 +111,7 @@ fn against_brute_force(clusters: u64) -> Held {
         let (functions, nodes) = cluster(seed, 3, 4, 1..=2);
         let mut ours = None;
         held.ms.push(time_ms(|| {
-            ours = planned(&functions, &nodes, Placement::Union)
+            ours = planned(&functions, &nodes, Placement::Union);
         }));
         let Some(ours) = ours else {
             held.refused += 1;
