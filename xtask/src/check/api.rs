@@ -38,8 +38,11 @@ fn list(workspace: &Workspace, package: &Package) -> Result<String> {
             .args(["rustdoc", "--quiet", "--lib"])
             .args(package.cargo_arguments())
             .args(["--", "-Z", "unstable-options", "--output-format", "json"])
-            // The format is behind this on the stable toolchain. Nothing else is built like that.
-            .env("RUSTC_BOOTSTRAP", "1"),
+            // The format is behind RUSTC_BOOTSTRAP on the stable toolchain.
+            .env(
+                "RUSTDOC",
+                workspace.root.join("xtask/src/check/rustdoc_unstable.sh"),
+            ),
     )?;
     let json = workspace
         .target
