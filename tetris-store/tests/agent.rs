@@ -526,8 +526,11 @@ fn a_view_is_charged_for_what_it_keeps_and_what_it_copies() {
     let base = machine.model("base.safetensors", 2, 71);
     let id = root.ingest(&base, &labelled("base")).unwrap().model;
     let held = root.attach("base").unwrap();
-    root.ingest(&machine.model("large.safetensors", 3, 81), &labelled("large"))
-        .unwrap();
+    root.ingest(
+        &machine.model("large.safetensors", 3, 81),
+        &labelled("large"),
+    )
+    .unwrap();
     let _large = root.attach("large").unwrap();
     // The tensors of `large` under other names: its view has to copy them.
     let bytes: Vec<_> = (0..3).map(|i| random_bytes(100_000, 81 + i)).collect();
