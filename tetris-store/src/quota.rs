@@ -1,7 +1,7 @@
 //! The quota: how much may be stored, fills under way included.
 //!
 //! No counter is kept, since whoever dies would leave it wrong. What is used is what the files
-//! take, plus the *reservations* of those who fill: files in `tmp` which take no memory, a byte long
+//! take, those of views that are not the store's included, plus the *reservations* of those who fill: files in `tmp` which take no memory, a byte long
 //! for each page that is reserved (a byte for a byte would meet the limit on file sizes, which
 //! kills). A reservation is locked while its owner lives, and does not count
 //! otherwise.
@@ -20,6 +20,7 @@ use crate::object::DATA_ALIGNMENT;
 use crate::publish::Claim;
 use crate::reclaim::abandoned;
 use crate::store::Inner;
+use crate::view;
 
 /// How much is reserved at once, so that the store is not measured for every tensor.
 const STEP: u64 = 16 << 20;
@@ -148,15 +149,20 @@ impl Drop for Held {
 const PREFIX: &str = "reserve-";
 
 /// What a file of `size` bytes takes.
-const fn in_pages(size: u64) -> u64 {
+pub(crate) const fn in_pages(size: u64) -> u64 {
     size.next_multiple_of(DATA_ALIGNMENT)
 }
 
 impl Inner {
-    /// What is stored, and what living processes have reserved.
+    /// What is stored, what views have for themselves, and what living processes have reserved.
     pub(crate) fn used(&self) -> Result<ByteSize> {
         let stored = self.backing.list()?.into_iter().map(|object| object.bytes);
-        Ok(stored.sum::<ByteSize>() + self.reserved()?)
+        Ok(stored.sum::<ByteSize>() + self.of_views()? + self.reserved()?)
+    }
+
+    /// What the views below the root have for themselves.
+    pub(crate) fn of_views(&self) -> Result<ByteSize> {
+        view::own_bytes(&self.root.views())
     }
 
     /// What living processes have reserved.

@@ -49,6 +49,7 @@ pub struct ReclaimReport {
     /// Left behind by processes that died: claims, reservations, links, views.
     pub stale: usize,
     /// When the next sweep may find something to free, if nothing is used before.
+    #[serde(rename = "next_due_seconds", with = "crate::seconds")]
     pub next_due: Option<Duration>,
     /// Models whose manifests cannot be read. While one of them is kept no stored file is freed:
     /// it may be one of its own.

@@ -163,6 +163,11 @@ impl Root {
         self.path.join("hints")
     }
 
+    /// Where views are, unless their makers choose another place.
+    pub(crate) fn views(&self) -> PathBuf {
+        self.path.join("views")
+    }
+
     pub(crate) fn tmp(&self) -> PathBuf {
         self.path.join("tmp")
     }

@@ -113,6 +113,8 @@ pub struct Stats {
     pub objects: usize,
     /// Memory the stored files take.
     pub stored: ByteSize,
+    /// Memory that the views below `<root>/views` take for themselves; what they link is stored.
+    pub views: ByteSize,
     /// What fills under way have reserved, where there is a quota.
     pub reserved: ByteSize,
     /// Bytes of all models' tensors: what one private copy of each would take.
@@ -336,6 +338,7 @@ impl Store {
             models: models.len(),
             objects: objects.len(),
             stored: objects.iter().map(|object| object.bytes).sum(),
+            views: self.inner.of_views()?,
             reserved: self.inner.reserved()?,
             private: models.iter().map(|model| model.manifest.byte_size()).sum(),
             quota: self.inner.config.quota,

@@ -470,6 +470,89 @@ fn threads_end_with_the_agent() {
     }
 }
 
+#[test]
+#[ignore = "a role of `a_view_is_charged_for_what_it_keeps_and_what_it_copies`"]
+fn role_viewer() {
+    let Some((socket, own)) = child::arguments::<(PathBuf, PathBuf)>("role_viewer") else {
+        return;
+    };
+    let client = Client::connect(ClientConfig::at(&socket)).unwrap();
+    let yours = || client.stats().unwrap().yours.get();
+    let export = |model: &str, name| client.export_view(model, ViewKind::HfSharded, name);
+    // Another's model is charged from the moment that a view of one's own keeps it.
+    let view = export("base", "one").unwrap();
+    let one = yours();
+    assert!((200_000..230_000).contains(&one), "{one}");
+    // The same stored files a second time: only what the second view has for itself.
+    export("base", "two").unwrap();
+    assert!(yours() - one < 10_000, "{}", yours());
+    client.remove_view("two").unwrap();
+    assert_eq!(yours(), one);
+    // What was brought as well is not charged twice.
+    client.ingest(&own, &IngestOptions::default()).unwrap();
+    assert!(yours() < 230_000, "{}", yours());
+    // Beyond the quota: refused before a byte of it is there.
+    for name in ["large", "renamed"] {
+        let refused = export(name, "three").unwrap_err();
+        assert_eq!(refusal(&refused), Refusal::NoRoom, "{refused}");
+        assert!(!view.path.with_file_name("three").exists());
+    }
+    assert!(yours() < 230_000, "{}", yours());
+    child::tell("viewing");
+    child::wait_for_parent();
+    // The model has been reclaimed; what the view keeps is still paid for.
+    assert!(refusal(&client.attach("base").unwrap_err()) == Refusal::Unknown);
+    assert!(yours() >= 200_000, "{}", yours());
+    let refused = export("large", "three").unwrap_err();
+    assert_eq!(refusal(&refused), Refusal::NoRoom, "{refused}");
+    client.remove_view("one").unwrap();
+    assert_eq!(yours(), 0);
+    let large = export("large", "three").unwrap();
+    assert_eq!(large.linked, ByteSize::new(300_000));
+    child::tell("done");
+}
+
+#[test]
+fn a_view_is_charged_for_what_it_keeps_and_what_it_copies() {
+    carlsbad_kit::require!(Capability::Root);
+    let machine = Machine::new(|config| {
+        config.domains[0].quota_per_user = Some(ByteSize::new(420_000));
+    });
+    let root = machine.client();
+    let labelled = |label| IngestOptions {
+        label: Some(label),
+        progress: None,
+    };
+    let base = machine.model("base.safetensors", 2, 71);
+    let id = root.ingest(&base, &labelled("base")).unwrap().model;
+    let held = root.attach("base").unwrap();
+    root.ingest(
+        &machine.model("large.safetensors", 3, 81),
+        &labelled("large"),
+    )
+    .unwrap();
+    let _large = root.attach("large").unwrap();
+    // The tensors of `large` under other names: its view has to copy them.
+    let bytes: Vec<_> = (0..3).map(|i| random_bytes(100_000, 81 + i)).collect();
+    let views = bytes.iter().enumerate().map(|(i, bytes)| {
+        let view = TensorView::new(Dtype::U8, vec![bytes.len()], bytes).unwrap();
+        (format!("other{i}"), view)
+    });
+    let renamed = machine.dir.path().join("renamed.safetensors");
+    serialize_to_file(views, None, &renamed).unwrap();
+    root.ingest(&renamed, &labelled("renamed")).unwrap();
+    let _renamed = root.attach("renamed").unwrap();
+
+    let arguments = (&machine.config.socket, &base);
+    let mut viewer = as_nobody("role_viewer").start(&arguments).unwrap();
+    viewer.hear("viewing").unwrap();
+    drop(held);
+    machine.wait_until_freed(&id);
+    viewer.say("go on").unwrap();
+    viewer.hear("done").unwrap();
+    assert!(viewer.wait().unwrap().success());
+}
+
 /// A role of this binary as user `nobody`.
 fn as_nobody(role: &str) -> Role {
     let arguments = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];

@@ -192,7 +192,7 @@ fn attach_keeps_the_model_for_as_long_as_its_command_runs_and_ends_as_it_does() 
     let shell = Shell::new();
     shell.run(0, &["ingest", &shell.model("a", 1, 2), "--label", "base"]);
     let mut child = attached(&shell, "read line; exit 7");
-    assert!(shell.json(&["ls"])[0]["idle"].is_null());
+    assert!(shell.json(&["ls"])[0]["idle_seconds"].is_null());
     let kept = shell.json(&["reclaim", "--keep-alive", "0s"]);
     assert_eq!(kept["leased"], 1);
     drop(child.stdin.take());
@@ -347,4 +347,70 @@ fn a_reader_who_stops_reading_is_no_failure() {
         .unwrap();
     assert!(child.wait().unwrap().success(), "{said}");
     assert_eq!(said, "");
+}
+
+#[test]
+fn json_has_times_in_seconds_and_errors_as_objects() {
+    let shell = Shell::new();
+    let refused = |code, kind: &str, arguments: &[&str]| {
+        let output = shell.run(code, &[arguments, &["--json"]].concat());
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+        let error: Value = serde_json::from_slice(&output.stderr).unwrap();
+        assert_eq!(error["kind"], kind, "{arguments:?}");
+        assert!(!error["error"].as_str().unwrap().is_empty());
+    };
+    refused(1, "failed", &["ls"]);
+    shell.run(0, &["ingest", &shell.model("a", 1, 2), "--label", "base"]);
+    let idle = shell.json(&["ls"])[0]["idle_seconds"].as_f64().unwrap();
+    assert!((0.0..60.0).contains(&idle), "{idle}");
+    let due = &shell.json(&["reclaim", "--keep-alive", "1h"])["next_due_seconds"];
+    assert!(
+        (3_000.0..=3_600.0).contains(&due.as_f64().unwrap()),
+        "{due}"
+    );
+    refused(3, "no_such_model", &["show", "nobody"]);
+    refused(2, "bad_usage", &["show"]);
+    let large = shell.model("c", 8, 9);
+    refused(5, "no_room", &["ingest", &large, "--quota", "1KiB"]);
+    refused(6, "unavailable", &["ls", "--agent", "/nowhere/socket"]);
+    // What came before the failure is told.
+    let some = shell.run(
+        1,
+        &["--json", "ingest", &shell.model("d", 1, 4), "/nowhere"],
+    );
+    let done: Value = serde_json::from_slice(&some.stdout).unwrap();
+    assert_eq!(done[0]["written"], 100_000);
+}
+
+#[test]
+fn verify_and_attach_with_an_agent_are_about_its_store() {
+    let mut shell = Shell::new();
+    let agent = Serving::start(&mut shell, &["--keep-alive", "1h"]);
+    shell.run(0, &["ingest", &shell.model("a", 1, 2), "--label", "base"]);
+    let socket = shell.agent.take().unwrap();
+    let socket = socket.to_str().unwrap();
+    // The environment names another store, which does not exist.
+    let elsewhere = shell.dir.path().join("elsewhere");
+    let run = |arguments: &[&str]| {
+        let mut command = shell.command(arguments);
+        command.env("TETRIS_STORE", &elsewhere).output().unwrap()
+    };
+    let found = run(&["--json", "verify", "--agent", socket]);
+    assert!(found.status.success(), "{found:?}");
+    let report: Value = serde_json::from_slice(&found.stdout).unwrap();
+    assert_eq!(report["sound"], 2);
+    let script = "echo $TETRIS_STORE; echo $TETRIS_AGENT";
+    let told = run(&[
+        "attach", "--agent", socket, "base", "--", "sh", "-c", script,
+    ]);
+    let told = String::from_utf8(told.stdout).unwrap();
+    let store = shell.dir.path().join("store");
+    assert_eq!(told, format!("{}\n{socket}\n", store.display()));
+    assert!(!elsewhere.exists());
+    // Both at once is a contradiction, and a store that is named is the one that is meant.
+    shell.run(2, &["ls", "--agent", socket, "--store", "/nowhere"]);
+    let mut named = shell.command(&["ls", "--store", "/nowhere"]);
+    let named = named.env("TETRIS_AGENT", socket).output().unwrap();
+    assert_eq!(named.status.code(), Some(1), "{named:?}");
+    drop(agent);
 }

@@ -362,3 +362,35 @@ fn a_sidecar_cannot_leave_the_view() {
     store.export_view(&id, ViewKind::HfSharded, &dir).unwrap();
     assert_eq!(contents(&*open_model(&dir).unwrap()), contents(&model));
 }
+
+#[test]
+fn what_a_view_copies_counts_against_the_stores_quota() {
+    let (dir, store) = store();
+    let renamed = |prefix: &str, store: &Store| {
+        let model = MemoryModel::default()
+            .with_random(&format!("{prefix}a"), 400_000, 1)
+            .with_random(&format!("{prefix}b"), 400_000, 2);
+        store.ingest(&model).unwrap().model
+    };
+    renamed("", &store);
+    let id = renamed("other.", &store);
+    let stored = store.stats().unwrap().stored;
+    // Room for one copy of what the store has under other names, and not for two.
+    let limited = Store::open(tetris_store::StoreConfig {
+        quota: Some(stored + ByteSize::new(1_000_000)),
+        ..store.config().clone()
+    })
+    .unwrap();
+    let views = limited.root().join("views");
+    let export = |name| limited.export_view(&id, ViewKind::HfSharded, &views.join(name));
+    let first = export("one").unwrap();
+    assert!(first.copied > ByteSize::new(800_000), "{}", first.copied);
+    assert!(limited.stats().unwrap().views >= first.copied);
+    let refused = export("two").unwrap_err();
+    assert!(matches!(refused, Error::QuotaExceeded { .. }), "{refused}");
+    assert!(!views.join("two").exists());
+    assert_eq!(unfinished(&limited), 0);
+    fs::remove_dir_all(views.join("one")).unwrap();
+    export("two").unwrap();
+    drop(dir);
+}

@@ -210,6 +210,13 @@ impl Client {
         Ok(Self { connection, store })
     }
 
+    /// The agent's store, where this process sees it at the agent's path and takes its own leases;
+    /// `None` where it is elsewhere, not mounted here, or not to be used
+    /// ([`ClientConfig::own_leases`]).
+    pub const fn store(&self) -> Option<&Store> {
+        self.store.as_ref()
+    }
+
     fn ask(&self, request: &Request) -> Result<Reply> {
         self.connection
             .ask(request, &[], None)

@@ -15,7 +15,8 @@
 //! filled is charged to the agent's cgroup and not to whoever came first; and it sweeps.
 //!
 //! What a client holds through it, it loses when it hangs up, however it ends. A client can waste
-//! its own time, its own quota and a bounded number of the agent's threads; nothing of another's.
+//! its own time, its own quota and a bounded number of the agent's threads. A view is charged to
+//! whom it belongs to; a lease is not: while anybody uses a model it counts for who brought it.
 
 mod channel;
 mod client;
@@ -57,8 +58,8 @@ pub struct Served {
     pub store: StoreConfig,
     /// Who may use it, besides root and the agent's own user.
     pub access: Access,
-    /// The most that one user may have brought, counted by the models' full sizes: what others have
-    /// brought as well is not told apart, so nobody learns from his quota what others have.
+    /// The most that one user may have brought or keep in views, counted by the models' full sizes:
+    /// what others have as well is not told apart, so nobody learns from his quota what others have.
     pub quota_per_user: Option<ByteSize>,
 }
 

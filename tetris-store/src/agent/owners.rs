@@ -1,9 +1,10 @@
 //! Whose models and labels those are: how much a user has brought, and who may rename what.
 //!
 //! Kept as files below `<root>/agent`, so that a new agent goes on where the last one ended.
-//! A user is charged for the full size of every model he brought, tensors of several of them once.
-//! What others have brought as well is charged to them, too; so a quota is no one's secret but
-//! one's own.
+//! A user is charged for the full size of every model he brought, and of every stored file that a
+//! view of his keeps, whoever brought it; what several of them have is charged once. Small files
+//! that came with a model, and what a view has for itself, are charged as well. What others have
+//! brought or keep is charged to them, too; so a quota is no one's secret but one's own.
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
@@ -21,6 +22,7 @@ use crate::id::{ModelId, ObjectId};
 use crate::label;
 use crate::lock::{Lock, try_lock};
 use crate::store::Store;
+use crate::view::Demand;
 
 #[derive(Debug)]
 pub(super) struct Owners {
@@ -86,43 +88,82 @@ impl Owners {
         self.dir.join("labels").join(label)
     }
 
-    /// Bytes of the models that `user` has brought and that are still there.
+    /// What counts against `user`'s quota.
     pub(super) fn used(&self, store: &Store, user: u32) -> Result<ByteSize> {
-        let mut sizes: HashMap<ObjectId, ByteSize> = HashMap::new();
+        self.charged(store, user).map(|charged| charged.total())
+    }
+
+    fn charged(&self, store: &Store, user: u32) -> Result<Charged> {
+        let mut charged = Charged::default();
         for model in self.brought_by(user)? {
             match store.manifest(&model) {
-                Ok(manifest) => sizes.extend(manifest.object_sizes()),
+                Ok(manifest) => {
+                    charged.brought.extend(manifest.object_sizes());
+                    let small = manifest.sidecars.iter().map(|it| it.bytes.len() as u64);
+                    charged.own += small.sum::<u64>();
+                }
                 Err(Error::UnknownModel { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
-        let models: ByteSize = sizes.into_values().sum();
-        Ok(models + self.of_views(store, user)?)
+        self.charge_views(store, user, &mut charged)?;
+        Ok(charged)
     }
 
     /// Where `user`'s views are.
     pub(super) fn views_of(&self, store: &Store, user: u32) -> PathBuf {
-        store.root().join("views").join(user.to_string())
+        store.inner.root.views().join(user.to_string())
     }
 
-    /// Bytes that `user`'s views have for themselves.
-    fn of_views(&self, store: &Store, user: u32) -> Result<ByteSize> {
-        let views = self.views_of(store, user);
-        let mut bytes = 0;
-        if !views.exists() {
-            return Ok(ByteSize::ZERO);
-        }
-        for view in read_dir(&views)? {
+    fn charge_views(&self, store: &Store, user: u32, charged: &mut Charged) -> Result<()> {
+        for view in read_dir(&self.views_of(store, user))? {
             // Removed meanwhile.
             let Ok(files) = fs::read_dir(view.path()) else {
                 continue;
             };
-            let files = files.filter_map(|file| file.ok()?.metadata().ok());
-            // What has other links is the store's.
-            let own = files.filter(|file| file.is_file() && file.nlink() == 1);
-            bytes += own.map(|file| file.len()).sum::<u64>();
+            for file in files.filter_map(|file| file.ok()?.metadata().ok()) {
+                if file.nlink() > 1 {
+                    // A stored file, or one that another view of his keeps as well.
+                    charged.kept.insert(inode(&file), file.len());
+                } else if file.is_file() {
+                    charged.own += file.blocks() * 512;
+                }
+            }
         }
-        Ok(ByteSize::new(bytes))
+        if charged.kept.is_empty() {
+            return Ok(());
+        }
+        for object in charged.brought.keys() {
+            if let Some((file, _)) = stored_file(store, object) {
+                charged.kept.remove(&file);
+            }
+        }
+        Ok(())
+    }
+
+    /// Room for a view of `user`'s that takes `demand`.
+    pub(super) fn expect_view(
+        &self,
+        store: &Store,
+        user: u32,
+        demand: &Demand,
+        quota: Option<ByteSize>,
+    ) -> Result<Coming<'_>> {
+        let mut coming = lock(&self.coming);
+        let mut more = demand.own;
+        if quota.is_some() {
+            let charged = self.charged(store, user)?;
+            for object in &demand.linked {
+                if charged.brought.contains_key(object) {
+                    continue;
+                }
+                match stored_file(store, object) {
+                    Some((file, len)) if !charged.kept.contains_key(&file) => more += len,
+                    _ => {}
+                }
+            }
+        }
+        self.admit(&mut coming, store, user, ByteSize::new(more), quota)
     }
 
     fn brought_by(&self, user: u32) -> Result<Vec<ModelId>> {
@@ -144,7 +185,17 @@ impl Owners {
         bytes: ByteSize,
         quota: Option<ByteSize>,
     ) -> Result<Coming<'_>> {
-        let mut coming = lock(&self.coming);
+        self.admit(&mut lock(&self.coming), store, user, bytes, quota)
+    }
+
+    fn admit(
+        &self,
+        coming: &mut HashMap<u32, u64>,
+        store: &Store,
+        user: u32,
+        bytes: ByteSize,
+        quota: Option<ByteSize>,
+    ) -> Result<Coming<'_>> {
         let of_user = coming.entry(user).or_default();
         if let Some(quota) = quota {
             let used = self.used(store, user)? + ByteSize::new(*of_user);
@@ -248,6 +299,37 @@ impl Owners {
         }
         Ok(())
     }
+}
+
+/// What a user is charged for.
+#[derive(Debug, Default)]
+struct Charged {
+    /// Stored files of the models that he brought and that are still there.
+    brought: HashMap<ObjectId, ByteSize>,
+    /// Other stored files that his views keep, with their sizes.
+    kept: HashMap<Inode, u64>,
+    /// Bytes that are nobody else's.
+    own: u64,
+}
+
+impl Charged {
+    fn total(&self) -> ByteSize {
+        let brought: ByteSize = self.brought.values().copied().sum();
+        brought + ByteSize::new(self.own + self.kept.values().sum::<u64>())
+    }
+}
+
+/// Device and number.
+type Inode = (u64, u64);
+
+fn inode(metadata: &fs::Metadata) -> Inode {
+    (metadata.dev(), metadata.ino())
+}
+
+/// Which file `object` is, and its size; `None` where it has gone or has no path.
+fn stored_file(store: &Store, object: &ObjectId) -> Option<(Inode, u64)> {
+    let metadata = fs::metadata(store.object_path(object)?).ok()?;
+    Some((inode(&metadata), metadata.len()))
 }
 
 fn forget(path: PathBuf) -> Result<()> {

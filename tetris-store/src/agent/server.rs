@@ -112,6 +112,8 @@ pub(super) enum Taken {
     Files,
     Ingests,
     Leases,
+    /// Those that are being made.
+    Views,
 }
 
 /// A part of what a user may have, given back by drop.
@@ -150,6 +152,11 @@ impl Shared {
             of: (user, what),
             count,
         })
+    }
+
+    /// How much `user` has taken.
+    pub(super) fn taken(&self, user: u32, what: Taken) -> usize {
+        lock(&self.users.0).get(&(user, what)).copied().unwrap_or(0)
     }
 
     pub(super) fn clients(&self) -> usize {

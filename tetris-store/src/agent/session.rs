@@ -354,25 +354,23 @@ impl<'a> Session<'a> {
         let Peer { user, admin, .. } = self.peer;
         label::check(name)?;
         let views = domain.owners.views_of(&domain.store, user);
-        let limit = self.shared.config.limits.views_per_user;
-        if fs::read_dir(&views).map_or(0, Iterator::count) >= limit && !admin {
+        let limit = match self.shared.config.limits.views_per_user {
+            _ if admin => usize::MAX,
+            limit => limit,
+        };
+        // Taken before it looks: of several at once, each sees the others, made or being made.
+        let _share = self.shared.take(user, Taken::Views, 1, limit)?;
+        let being_made = self.shared.taken(user, Taken::Views);
+        let made = fs::read_dir(&views).map_or(0, Iterator::count);
+        if made.saturating_add(being_made) > limit {
             return Err(Refusal::TooMany
                 .because(format!("a user may have {limit} views: remove one first")));
         }
-        let view = domain.store.export_view(model, kind, &views.join(name))?;
-        // What a view has for itself counts, and how much that is shows only now.
         let quota = domain.served.quota_per_user.filter(|_| !admin);
-        if let Some(quota) = quota {
-            let used = domain.owners.used(&domain.store, user)?;
-            if used > quota {
-                self.remove_view(domain, name)?;
-                return Err(Error::QuotaExceeded {
-                    need: view.copied,
-                    used: used.saturating_sub(view.copied),
-                    quota,
-                });
-            }
-        }
+        let store = &domain.store;
+        let view = store.export_admitted(model, kind, &views.join(name), |demand| {
+            domain.owners.expect_view(store, user, demand, quota)
+        })?;
         Ok(Reply::Exported(view))
     }
 

@@ -142,6 +142,7 @@ pub struct Listed {
     /// Bytes of all its tensors.
     pub bytes: ByteSize,
     /// How long it has been idle; `None` while somebody holds a lease on it.
+    #[serde(rename = "idle_seconds", with = "crate::seconds")]
     pub idle: Option<Duration>,
 }
 

@@ -1,5 +1,6 @@
 //! The Hugging Face layout: every stored file is a shard, and an index says which tensor is where.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde_json::json;
@@ -61,7 +62,7 @@ pub(super) fn build(builder: &mut Builder<'_>) -> Result<()> {
         match shard {
             Shard::Linked(object, tensors) => {
                 let bytes = tensors.iter().map(|tensor| tensor.entry.len).sum();
-                builder.link(object, &name, bytes)?;
+                builder.link(*object, &name, bytes)?;
             }
             Shard::Copied(tensors) => copy(builder, &name, tensors)?,
         }
@@ -73,10 +74,10 @@ pub(super) fn build(builder: &mut Builder<'_>) -> Result<()> {
         "metadata": {"total_size": model.manifest().byte_size()},
         "weight_map": weight_map,
     });
-    builder.write(INDEX, &[index.to_string().as_bytes()])?;
+    builder.write(INDEX, vec![index.to_string().into_bytes().into()])?;
     for sidecar in &model.manifest().sidecars {
         if ![METADATA, GRAPH, HEADER, INDEX].contains(&sidecar.name.as_str()) {
-            builder.write(&sidecar.name, &[&sidecar.bytes])?;
+            builder.write(&sidecar.name, vec![Cow::Borrowed(&sidecar.bytes)])?;
         }
     }
     Ok(())
@@ -124,7 +125,7 @@ fn shown_as<'a>(
     }
 }
 
-fn copy(builder: &mut Builder<'_>, name: &str, tensors: &[TensorRef<'_>]) -> Result<()> {
+fn copy<'a>(builder: &mut Builder<'a>, name: &str, tensors: &[TensorRef<'a>]) -> Result<()> {
     let members: Vec<Member> = tensors
         .iter()
         .map(|tensor| Member {
@@ -134,8 +135,7 @@ fn copy(builder: &mut Builder<'_>, name: &str, tensors: &[TensorRef<'_>]) -> Res
             len: tensor.entry.len,
         })
         .collect();
-    let header = object::header(&members);
-    let mut parts = vec![header.as_slice()];
-    parts.extend(tensors.iter().map(|tensor| tensor.bytes));
-    builder.write(name, &parts)
+    let mut parts = vec![Cow::Owned(object::header(&members))];
+    parts.extend(tensors.iter().map(|tensor| Cow::Borrowed(tensor.bytes)));
+    builder.write(name, parts)
 }

@@ -7,9 +7,10 @@
 mod hf_sharded;
 mod onnx_external;
 
+use std::borrow::Cow;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -19,9 +20,11 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::attach::SharedModel;
+use crate::backing::read_dir;
 use crate::error::{Error, Result};
 use crate::id::{ModelId, ObjectId};
 use crate::lock::{Lock, try_lock};
+use crate::quota::{Reservation, in_pages};
 use crate::store::Store;
 
 /// For whom a view is.
@@ -70,49 +73,103 @@ impl Store {
     /// store's own mount, for instance below `<root>/views`. It appears there complete or not at
     /// all.
     ///
+    /// What a view has for itself ([`View::copied`]) counts against the store's quota, in whole
+    /// pages, for as long as it lies below `<root>/views`.
+    ///
     /// # Errors
     /// [`Error::ViewUnsupported`] where the model does not go into this kind of view;
     /// [`Error::ViewElsewhere`] where `dir` is in another mount; [`Error::ViewDenied`] where the
     /// stored files are another user's; [`Error::ViewExists`]; [`Error::UnknownModel`];
-    /// [`Error::ReadOnly`]; [`Error::Damaged`]; [`Error::NoSpace`]; [`Error::Io`].
+    /// [`Error::ReadOnly`]; [`Error::Damaged`]; [`Error::QuotaExceeded`]; [`Error::NoSpace`];
+    /// [`Error::Io`].
     pub fn export_view(&self, model: &ModelId, kind: ViewKind, dir: &Path) -> Result<View> {
+        self.export_admitted(model, kind, dir, |_| Ok(()))
+    }
+
+    /// [`export_view`](Self::export_view), if `admit` agrees to what the view takes. Nothing is
+    /// written before; what it returns is kept until the view is there.
+    pub(crate) fn export_admitted<T>(
+        &self,
+        model: &ModelId,
+        kind: ViewKind,
+        dir: &Path,
+        admit: impl FnOnce(&Demand) -> Result<T>,
+    ) -> Result<View> {
         self.inner.root.check_writable()?;
         // The lease keeps every stored file until it is linked.
         let shared = self.attach(model)?;
-        let mut builder = Builder::new(self, &shared, kind)?;
+        let mut builder = Builder {
+            store: self,
+            model: &shared,
+            kind,
+            files: Vec::new(),
+        };
         match kind {
             ViewKind::HfSharded => hf_sharded::build(&mut builder)?,
             ViewKind::OnnxExternal => onnx_external::build(&mut builder)?,
         }
-        builder.finish(dir)
+        let demand = builder.demand();
+        let _admitted = admit(&demand)?;
+        let reservation = Reservation::new(&self.inner);
+        reservation.take(demand.own, demand.own)?;
+        builder.finish(dir, &reservation, demand.own)
     }
 }
 
-/// A view under construction, in a hidden folder of the store's `tmp` that is locked as long as
-/// somebody works on it.
+/// What a view takes, known before it is made.
+#[derive(Debug)]
+pub(crate) struct Demand {
+    /// Stored files that it keeps for as long as it exists.
+    pub(crate) linked: Vec<ObjectId>,
+    /// Bytes of its own, in whole pages.
+    pub(crate) own: u64,
+}
+
+/// Bytes that the views below `dir` have for themselves, in whole pages: files that nobody else has
+/// a link to. None where there is no such folder.
+pub(crate) fn own_bytes(dir: &Path) -> Result<ByteSize> {
+    // `<root>/views/NAME` is one user's, `<root>/views/USER/NAME` an agent's.
+    const DEEPEST: usize = 3;
+    fn walk(dir: &Path, deeper: usize) -> Result<ByteSize> {
+        let mut bytes = ByteSize::ZERO;
+        for entry in read_dir(dir)? {
+            // Removed meanwhile.
+            let Ok(metadata) = entry.metadata() else {
+                continue;
+            };
+            if metadata.is_dir() && deeper > 0 {
+                bytes += walk(&entry.path(), deeper - 1)?;
+            } else if metadata.is_file() && metadata.nlink() == 1 {
+                bytes += ByteSize::new(metadata.blocks() * 512);
+            }
+        }
+        Ok(bytes)
+    }
+    if dir.is_dir() {
+        walk(dir, DEEPEST)
+    } else {
+        Ok(ByteSize::ZERO)
+    }
+}
+
+/// A view to be. It is decided first and made at once, in a hidden folder of the store's `tmp` that
+/// is locked as long as somebody works on it.
 struct Builder<'a> {
     store: &'a Store,
     model: &'a SharedModel,
     kind: ViewKind,
-    hidden: Hidden,
-    files: Vec<PathBuf>,
-    linked: u64,
-    copied: u64,
+    files: Vec<(String, Content<'a>)>,
+}
+
+/// What a file of a view consists of.
+enum Content<'a> {
+    /// A stored file, and how many bytes of it are tensors of this model.
+    Linked(ObjectId, u64),
+    /// These bytes, one after another.
+    Own(Vec<Cow<'a, [u8]>>),
 }
 
 impl<'a> Builder<'a> {
-    fn new(store: &'a Store, model: &'a SharedModel, kind: ViewKind) -> Result<Self> {
-        Ok(Self {
-            store,
-            model,
-            kind,
-            hidden: Hidden::create(&store.inner.root.tmp())?,
-            files: Vec::new(),
-            linked: 0,
-            copied: 0,
-        })
-    }
-
     fn unsupported(&self, why: impl Into<String>) -> Error {
         Error::ViewUnsupported {
             model: *self.model.id(),
@@ -121,8 +178,8 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// The path of a new file of the view.
-    fn add(&mut self, name: &str) -> Result<PathBuf> {
+    /// A new file of the view.
+    fn add(&mut self, name: &str, content: Content<'a>) -> Result<()> {
         let mut parts = Path::new(name).components();
         let plain = matches!(
             (parts.next(), parts.next()),
@@ -131,49 +188,51 @@ impl<'a> Builder<'a> {
         if !plain || name.contains('\0') || name.len() > 255 {
             return Err(self.unsupported(format!("`{name}` cannot be the name of a file")));
         }
-        self.files.push(name.into());
-        Ok(self.hidden.path.join(name))
-    }
-
-    /// Shows a stored file, `bytes` of tensors, as `name`.
-    fn link(&mut self, object: &ObjectId, name: &str, bytes: u64) -> Result<()> {
-        let stored = self
-            .store
-            .object_path(object)
-            .ok_or_else(|| self.unsupported("this store keeps its files without names"))?;
-        let path = self.add(name)?;
-        fs::hard_link(&stored, &path).map_err(|error| match error.raw_os_error() {
-            Some(code) if code == Errno::EPERM as i32 => Error::ViewDenied {
-                path: stored.clone(),
-            },
-            Some(code) if code == Errno::EXDEV as i32 => Error::ViewElsewhere {
-                dir: path,
-                root: self.store.root().to_owned(),
-            },
-            _ => Error::io("link", stored)(error),
-        })?;
-        self.linked += bytes;
+        self.files.push((name.to_owned(), content));
         Ok(())
     }
 
-    /// A file of the view's own, read-only like the others.
-    fn write(&mut self, name: &str, parts: &[&[u8]]) -> Result<()> {
-        let path = self.add(name)?;
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(Error::io("create", &path))?;
-        for part in parts {
-            file.write_all(part).map_err(Error::io("write", &path))?;
-            self.copied += part.len() as u64;
-        }
-        file.set_permissions(fs::Permissions::from_mode(0o444))
-            .map_err(Error::io("make readable", &path))
+    /// Shows a stored file, `bytes` of tensors, as `name`.
+    fn link(&mut self, object: ObjectId, name: &str, bytes: u64) -> Result<()> {
+        self.add(name, Content::Linked(object, bytes))
     }
 
-    fn finish(mut self, dir: &Path) -> Result<View> {
+    /// A file of the view's own, read-only like the others.
+    fn write(&mut self, name: &str, parts: Vec<Cow<'a, [u8]>>) -> Result<()> {
+        self.add(name, Content::Own(parts))
+    }
+
+    fn demand(&self) -> Demand {
+        let mut demand = Demand {
+            linked: Vec::new(),
+            own: 0,
+        };
+        for (_, content) in &self.files {
+            match content {
+                Content::Linked(object, _) => demand.linked.push(*object),
+                Content::Own(parts) => demand.own += in_pages(total(parts)),
+            }
+        }
+        demand
+    }
+
+    /// Makes the view, whose `own` bytes are reserved.
+    fn finish(mut self, dir: &Path, reservation: &Reservation<'_>, own: u64) -> Result<View> {
+        let mut hidden = Hidden::create(&self.store.inner.root.tmp())?;
+        let (mut linked, mut copied) = (0, 0);
+        for (name, content) in &self.files {
+            let path = hidden.path.join(name);
+            match content {
+                Content::Linked(object, bytes) => {
+                    self.make_link(object, &path)?;
+                    linked += bytes;
+                }
+                Content::Own(parts) => {
+                    write(parts, &path)?;
+                    copied += total(parts);
+                }
+            }
+        }
         if let Some(parent) = dir.parent().filter(|parent| *parent != Path::new("")) {
             DirBuilder::new()
                 .recursive(true)
@@ -181,10 +240,42 @@ impl<'a> Builder<'a> {
                 .create(parent)
                 .map_err(Error::io("create", parent))?;
         }
-        // Takes the place of nothing or of an empty folder, in one step.
-        if let Err(error) = fs::rename(&self.hidden.path, dir) {
+        reservation.settle(own, || self.put(&hidden.path, dir).map(|()| true))?;
+        hidden.kept = true;
+        let names = self.files.drain(..).map(|(name, _)| name.into());
+        let mut files: Vec<PathBuf> = names.collect();
+        files.sort();
+        Ok(View {
+            path: dir.to_owned(),
+            kind: self.kind,
+            files,
+            linked: ByteSize::new(linked),
+            copied: ByteSize::new(copied),
+        })
+    }
+
+    fn make_link(&self, object: &ObjectId, path: &Path) -> Result<()> {
+        let stored = self
+            .store
+            .object_path(object)
+            .ok_or_else(|| self.unsupported("this store keeps its files without names"))?;
+        fs::hard_link(&stored, path).map_err(|error| match error.raw_os_error() {
+            Some(code) if code == Errno::EPERM as i32 => Error::ViewDenied {
+                path: stored.clone(),
+            },
+            Some(code) if code == Errno::EXDEV as i32 => Error::ViewElsewhere {
+                dir: path.to_owned(),
+                root: self.store.root().to_owned(),
+            },
+            _ => Error::io("link", stored)(error),
+        })
+    }
+
+    /// Takes the place of nothing or of an empty folder, in one step.
+    fn put(&self, hidden: &Path, dir: &Path) -> Result<()> {
+        fs::rename(hidden, dir).map_err(|error| {
             let dir = dir.to_owned();
-            return Err(match error.kind() {
+            match error.kind() {
                 ErrorKind::CrossesDevices => Error::ViewElsewhere {
                     dir,
                     root: self.store.root().to_owned(),
@@ -193,18 +284,27 @@ impl<'a> Builder<'a> {
                 | ErrorKind::AlreadyExists
                 | ErrorKind::NotADirectory => Error::ViewExists { dir },
                 _ => Error::io("put the view in", dir)(error),
-            });
-        }
-        self.hidden.kept = true;
-        self.files.sort();
-        Ok(View {
-            path: dir.to_owned(),
-            kind: self.kind,
-            files: std::mem::take(&mut self.files),
-            linked: ByteSize::new(self.linked),
-            copied: ByteSize::new(self.copied),
+            }
         })
     }
+}
+
+fn total(parts: &[Cow<'_, [u8]>]) -> u64 {
+    parts.iter().map(|part| part.len() as u64).sum()
+}
+
+fn write(parts: &[Cow<'_, [u8]>], path: &Path) -> Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(Error::io("create", path))?;
+    for part in parts {
+        file.write_all(part).map_err(Error::io("write", path))?;
+    }
+    file.set_permissions(fs::Permissions::from_mode(0o444))
+        .map_err(Error::io("make readable", path))
 }
 
 const HIDDEN_PREFIX: &str = "view-";

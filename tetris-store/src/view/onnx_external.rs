@@ -36,9 +36,9 @@ pub(super) fn build(builder: &mut Builder<'_>) -> Result<()> {
     })?;
     let Writer { linked, .. } = writer;
     for (object, bytes) in linked {
-        builder.link(&object, &file_name(&object), bytes)?;
+        builder.link(object, &file_name(&object), bytes)?;
     }
-    builder.write(GRAPH, &[&model])
+    builder.write(GRAPH, vec![model.into()])
 }
 
 fn file_name(object: &ObjectId) -> String {

@@ -13,19 +13,25 @@ use crate::options::{Attach, Global};
 /// Runs the command with a lease. Where the lease is this process's own, the command takes this
 /// process's place and has it; where it belongs to a connection, this process waits and holds that.
 pub(crate) fn attach(global: &Global, attach: &Attach) -> anyhow::Result<ExitCode> {
-    let (shared, root) = match &global.backend()? {
-        Backend::Store(store) => {
-            let model = store.resolve(&attach.model)?;
-            (store.attach(&model)?, store.root().to_owned())
-        }
-        Backend::Agent(client) => (client.attach(&attach.model)?, global.root()),
+    let backend = global.backend()?;
+    let shared = match &backend {
+        Backend::Store(store) => store.attach(&store.resolve(&attach.model)?)?,
+        Backend::Agent(client) => client.attach(&attach.model)?,
     };
     let (program, arguments) = attach.command.split_first().context("no command")?;
     let mut command = Command::new(program);
     command
         .args(arguments)
-        .env("TETRIS_MODEL", shared.id().to_string())
-        .env("TETRIS_STORE", root);
+        .env("TETRIS_MODEL", shared.id().to_string());
+    // The store that the model is in, and no other: the agent's may not be seen here.
+    match backend.visible_store() {
+        Ok(store) => command.env("TETRIS_STORE", store.root()),
+        Err(_) => command.env_remove("TETRIS_STORE"),
+    };
+    match global.socket() {
+        Some(socket) => command.env("TETRIS_AGENT", std::path::absolute(socket)?),
+        None => command.env_remove("TETRIS_AGENT"),
+    };
     let cannot = || format!("cannot run {}", program.display());
     if !shared.has_own_lease() {
         // Ctrl-C goes to both: the command decides, and this process stays until it has.

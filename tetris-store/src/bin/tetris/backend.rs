@@ -3,10 +3,17 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
+
 use tetris_store::agent::{Client, ClientConfig};
 use tetris_store::{Domain, Error, Manifest, Store, StoreConfig};
 
 use crate::options::Global;
+
+pub(crate) fn socket_from_env() -> Option<PathBuf> {
+    let socket = env::var_os("TETRIS_AGENT").filter(|it| !it.is_empty());
+    socket.map(PathBuf::from)
+}
 
 pub(crate) enum Backend {
     Store(Store),
@@ -22,8 +29,12 @@ impl Global {
     }
 
     pub(crate) fn socket(&self) -> Option<PathBuf> {
-        let from_env = || env::var_os("TETRIS_AGENT").filter(|it| !it.is_empty());
-        self.agent.clone().or_else(|| from_env().map(PathBuf::from))
+        // A store that is named is meant, whatever the environment says.
+        let from_env = || match &self.store {
+            Some(_) => None,
+            None => socket_from_env(),
+        };
+        self.agent.clone().or_else(from_env)
     }
 
     pub(crate) fn domain(&self) -> Domain {
@@ -70,6 +81,17 @@ impl Global {
 }
 
 impl Backend {
+    /// The store itself, or the agent's where it is to be seen here.
+    pub(crate) fn visible_store(&self) -> anyhow::Result<&Store> {
+        match self {
+            Self::Store(store) => Ok(store),
+            Self::Agent(client) => client.store().context(
+                "the agent's store is not mounted here, and it has to be read: run this where the \
+                 agent runs, or name the store with --store and no --agent",
+            ),
+        }
+    }
+
     pub(crate) fn manifest(&self, model: &str) -> anyhow::Result<Manifest> {
         Ok(match self {
             Self::Store(store) => store.manifest(&store.resolve(model)?)?,

@@ -18,13 +18,26 @@ use tetris_store::agent::Refusal;
 use options::{Command, Options};
 
 fn main() -> ExitCode {
-    let options = Options::parse();
+    let options = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) if error.use_stderr() && wants_json() => {
+            output::json_error(error.to_string().trim_end(), kind(BAD_USAGE));
+            return ExitCode::from(BAD_USAGE);
+        }
+        Err(error) => error.exit(),
+    };
     match run(&options) {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            output::error(&format!("{error:#}"));
-            ExitCode::from(exit_code(&error))
+            let code = exit_code(&error);
+            let text = format!("{error:#}");
+            if options.global.json {
+                output::json_error(&text, kind(code));
+            } else {
+                output::error(&text);
+            }
+            ExitCode::from(code)
         }
     }
 }
@@ -54,6 +67,28 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<std::io::Error>()
         .is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
+}
+
+/// clap's exit code.
+const BAD_USAGE: u8 = 2;
+
+/// Whether JSON was asked for by a command line that cannot be understood. What comes behind `--`
+/// is for another program.
+fn wants_json() -> bool {
+    let ours = std::env::args_os().skip(1).take_while(|it| it != "--");
+    ours.into_iter().any(|it| it == "--json")
+}
+
+/// The name of an exit code.
+const fn kind(code: u8) -> &'static str {
+    match code {
+        BAD_USAGE => "bad_usage",
+        3 => "no_such_model",
+        4 => "not_allowed",
+        5 => "no_room",
+        6 => "unavailable",
+        _ => "failed",
+    }
 }
 
 /// As `--help` says.

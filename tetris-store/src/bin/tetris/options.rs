@@ -16,7 +16,10 @@ use tetris_store::ViewKind;
     arg_required_else_help = true,
     after_help = "A MODEL is a label, an id, or the first digits of an id.\n\n\
         Exit codes: 0 done, 1 failed, 2 bad usage, 3 no such model, 4 not allowed, 5 no room,\n\
-        6 nobody there or busy: try again. `attach` ends as its command does."
+        6 nobody there or busy: try again. `attach` ends as its command does.\n\n\
+        With --json, sizes are in bytes and times in seconds; what went wrong is an object with\n\
+        `error` and `kind` on standard error, where `kind` is failed, bad_usage, no_such_model,\n\
+        not_allowed, no_room or unavailable, as the exit code."
 )]
 pub(crate) struct Options {
     #[command(flatten)]
@@ -28,11 +31,11 @@ pub(crate) struct Options {
 #[derive(Debug, Args)]
 pub(crate) struct Global {
     /// The store's directory [default: $TETRIS_STORE, or /dev/shm/tetris]
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR", conflicts_with = "agent")]
     pub(crate) store: Option<PathBuf>,
 
-    /// Ask the agent at this socket instead of using the store itself [default: $TETRIS_AGENT, or
-    /// no agent]
+    /// Ask the agent at this socket instead of using the store itself [default: $TETRIS_AGENT unless
+    /// --store is given, or no agent]
     #[arg(long, global = true, value_name = "SOCKET")]
     pub(crate) agent: Option<PathBuf>,
 
@@ -98,7 +101,8 @@ pub(crate) struct Show {
 
 #[derive(Debug, Args)]
 pub(crate) struct Attach {
-    /// The model; its id is in $TETRIS_MODEL and the store in $TETRIS_STORE for the command
+    /// The model; for the command its id is in $TETRIS_MODEL, the store, where it is mounted here,
+    /// in $TETRIS_STORE, and the agent, where one was asked, in $TETRIS_AGENT
     pub(crate) model: String,
 
     /// The command and its arguments

@@ -17,6 +17,13 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     line(serde_json::to_string_pretty(value)?)
 }
 
+/// Reports what went wrong, for machines.
+pub(crate) fn json_error(text: &str, kind: &str) {
+    let error = serde_json::json!({ "error": text, "kind": kind });
+    // Where standard error is closed there is nobody to tell.
+    let _ = writeln!(io::stderr().lock(), "{error}");
+}
+
 /// Reports what went wrong.
 pub(crate) fn error(text: &str) {
     // Where standard error is closed there is nobody to tell.

@@ -7,6 +7,7 @@ use nix::sys::signal::{SigSet, Signal};
 use tetris_store::agent::{Access, Agent, AgentConfig};
 use tracing_subscriber::EnvFilter;
 
+use crate::backend::socket_from_env;
 use crate::options::{Global, Serve};
 use crate::output;
 
@@ -25,7 +26,8 @@ pub(crate) fn serve(global: &Global, serve: &Serve) -> anyhow::Result<()> {
         path.push(".socket");
         PathBuf::from(path)
     };
-    let socket = serve.socket.clone().or_else(|| global.socket());
+    let named = serve.socket.clone().or_else(|| global.agent.clone());
+    let socket = named.or_else(socket_from_env);
     let socket = socket.unwrap_or_else(beside);
     let mut config = AgentConfig::new(socket, store);
     config.sweep_every = serve.sweep_every;

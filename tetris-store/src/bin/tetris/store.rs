@@ -42,7 +42,16 @@ pub(crate) fn ingest(global: &Global, ingest: &Ingest) -> anyhow::Result<()> {
             Backend::Agent(client) => client.ingest(file, &options),
         };
         drop(bar);
-        let ingested = ingested.with_context(|| format!("cannot ingest {}", file.display()))?;
+        let ingested = match ingested {
+            Ok(ingested) => ingested,
+            Err(error) => {
+                // Those before it are in the store.
+                if global.json && !all.is_empty() {
+                    output::json(&all)?;
+                }
+                return Err(error).with_context(|| format!("cannot ingest {}", file.display()));
+            }
+        };
         if global.json {
             all.push(ingested);
         } else {
@@ -237,7 +246,8 @@ pub(crate) fn reclaim(global: &Global, reclaim: &Reclaim) -> anyhow::Result<()> 
 }
 
 pub(crate) fn verify(global: &Global, verify: &Verify) -> anyhow::Result<ExitCode> {
-    let store = global.store(|_| {})?;
+    let backend = global.backend()?;
+    let store = backend.visible_store()?;
     let report = store.verify()?;
     if global.json {
         output::json(&report)?;
@@ -270,6 +280,9 @@ pub(crate) fn label(global: &Global, label: &Label) -> anyhow::Result<()> {
         Backend::Store(store) => store.set_label(&label.label, &store.resolve(&label.model)?)?,
         Backend::Agent(client) => client.set_label(&label.label, &label.model)?,
     }
+    if global.json {
+        return output::json(&json!({ "label": label.label }));
+    }
     Ok(())
 }
 
@@ -284,6 +297,9 @@ pub(crate) fn remove_label(global: &Global, rm: &Rm) -> anyhow::Result<()> {
             }
         }
         Backend::Agent(client) => client.remove_label(&rm.label)?,
+    }
+    if global.json {
+        return output::json(&json!({ "removed": rm.label }));
     }
     Ok(())
 }
