@@ -116,7 +116,7 @@ impl Images {
             copy_with_libraries(Path::new(tool), tool, root)?;
         }
         copy_with_libraries(binary, "/test", root)?;
-        fs::write(root.join("init"), include_str!("vm_init.sh"))?;
+        fs::write(root.join("init"), include_str!("init.sh"))?;
         make_executable(&root.join("init"))?;
 
         let archive = tempfile::Builder::new()
