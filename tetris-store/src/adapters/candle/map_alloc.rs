@@ -77,10 +77,10 @@ impl<A> MapAlloc<A> {
 unsafe impl<A: GlobalAlloc> GlobalAlloc for MapAlloc<A> {
     #[inline]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if PLACING.load(Ordering::Relaxed) != 0
-            && let Some(block) = serve(layout)
-        {
-            return block;
+        // Both ways end in a call: nothing has to be kept across one, so no frame is set up.
+        if PLACING.load(Ordering::Relaxed) != 0 {
+            // SAFETY: the caller's promise about `layout` is passed on.
+            return unsafe { self.alloc_where_asked(layout) };
         }
         // SAFETY: the caller's promise about `layout` is passed on.
         unsafe { self.inner.alloc(layout) }
@@ -94,8 +94,9 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for MapAlloc<A> {
 
     #[inline]
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        if window::covers(block.addr()) && window::drop_block(block.addr(), layout.size()) {
-            return;
+        if window::covers(block.addr()) {
+            // SAFETY: the caller's promises are passed on.
+            return unsafe { self.give_back(block, layout) };
         }
         // SAFETY: the block is not ours, so `inner` served it with this layout.
         unsafe { self.inner.dealloc(block, layout) }
@@ -113,6 +114,33 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for MapAlloc<A> {
 }
 
 impl<A: GlobalAlloc> MapAlloc<A> {
+    /// While some thread places blocks: perhaps this one, and this is the block.
+    ///
+    /// # Safety
+    /// As for `alloc`.
+    #[cold]
+    #[inline(never)]
+    unsafe fn alloc_where_asked(&self, layout: Layout) -> *mut u8 {
+        if let Some(block) = serve(layout) {
+            return block;
+        }
+        // SAFETY: the caller's promise about `layout` is passed on.
+        unsafe { self.inner.alloc(layout) }
+    }
+
+    /// A block that lies where the window does, or would.
+    ///
+    /// # Safety
+    /// As for `dealloc`.
+    #[cold]
+    #[inline(never)]
+    unsafe fn give_back(&self, block: *mut u8, layout: Layout) {
+        if !window::drop_block(block.addr(), layout.size()) {
+            // SAFETY: the block is not ours, so `inner` served it with this layout.
+            unsafe { self.inner.dealloc(block, layout) }
+        }
+    }
+
     /// A mapped block cannot grow: its bytes move to memory of the inner allocator.
     ///
     /// # Safety
@@ -133,7 +161,6 @@ impl<A: GlobalAlloc> MapAlloc<A> {
 }
 
 /// The block this thread asked for, if it asked and this is the call.
-#[cold]
 fn serve(layout: Layout) -> Option<*mut u8> {
     match HINT.get() {
         Hint::Place(address, wanted) if wanted == layout => {

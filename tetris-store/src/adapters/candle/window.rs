@@ -24,12 +24,15 @@ const WINDOW: usize = if usize::BITS >= 64 { 1 << 40 } else { 1 << 28 };
 const GRANULES: usize = 1 << 14;
 /// Bytes of address space in one piece.
 pub(super) const GRANULE: usize = WINDOW / GRANULES;
-/// `BASE` before there is a window: the top of the address space is the kernel's, so no address of
-/// ours compares as inside.
-const NO_WINDOW: usize = 0usize.wrapping_sub(WINDOW);
+/// Where the window lies, in multiples of its length: a constant, so that `covers` loads nothing. Far
+/// from where Linux puts programs, heaps, stacks and mappings on any 47-bit address space; taken only
+/// if it is free.
+const PLACE: usize = if usize::BITS >= 64 { 42 } else { 5 };
+/// The window's first address.
+const BASE: usize = PLACE * WINDOW;
 
-static BASE: AtomicUsize = AtomicUsize::new(NO_WINDOW);
-/// Granules really reserved: fewer than [`GRANULES`] under `RLIMIT_AS`. Written before `BASE`.
+/// Granules really reserved: none before there is a window, fewer than [`GRANULES`] under
+/// `RLIMIT_AS`.
 static RESERVED: AtomicUsize = AtomicUsize::new(0);
 static CELLS: [Cell; GRANULES] = [const { Cell::new() }; GRANULES];
 
@@ -59,14 +62,14 @@ impl Cell {
 /// Whether `address` may lie in the window. The one compare that every `dealloc` pays.
 #[inline(always)]
 pub(super) fn covers(address: usize) -> bool {
-    // Relaxed suffices: whoever holds a block of the window got it from the thread that set BASE.
-    address.wrapping_sub(BASE.load(Ordering::Relaxed)) < WINDOW
+    address / WINDOW == PLACE
 }
 
 /// The first granule of the region that `address` lies in, if it lies in one.
 fn region_of(address: usize) -> Option<usize> {
-    let granule = address.wrapping_sub(BASE.load(Ordering::Relaxed)) / GRANULE;
-    // Beyond what is really reserved, the address belongs to somebody else.
+    let granule = address.wrapping_sub(BASE) / GRANULE;
+    // Beyond what is really reserved, the address belongs to somebody else. Relaxed suffices: whoever
+    // holds a block of the window got it from the thread that set RESERVED.
     if granule >= RESERVED.load(Ordering::Relaxed) {
         return None;
     }
@@ -128,7 +131,7 @@ fn drop_count(first: usize) {
     fence(Ordering::Acquire);
     let lease = CELLS[first].lease.swap(0, Ordering::Relaxed);
     let span = CELLS[first].span.load(Ordering::Relaxed) as usize;
-    let start = BASE.load(Ordering::Relaxed) + first * GRANULE;
+    let start = BASE + first * GRANULE;
     // Should the kernel refuse, these addresses stay taken: memory is lost, nothing is unsound.
     if map_anonymous(start, span * GRANULE, ProtFlags::PROT_NONE).is_ok() {
         for cell in CELLS[first..first + span].iter().rev() {
@@ -172,50 +175,50 @@ pub(super) fn page_size() -> usize {
 
 /// Reserves the window if there is none: as much of it as the address-space limit leaves.
 ///
-/// Threads may race here, and a child may have been forked in mid-race, so nobody waits for anybody:
-/// the first to say how much is real (`RESERVED`) binds all, the first to say where (`BASE`) wins.
+/// Threads may race here: the one that maps the window says how much is real. A child forked between
+/// the two never learns it, and copies.
 fn reserve() -> io::Result<()> {
     for _ in 0..100 {
-        if BASE.load(Ordering::Acquire) != NO_WINDOW {
+        if RESERVED.load(Ordering::Acquire) != 0 {
             return Ok(());
         }
-        let (base, granules) = map_window()?;
-        let agreed = RESERVED
-            .compare_exchange(0, granules, Ordering::AcqRel, Ordering::Acquire)
-            .unwrap_or_else(|other| other);
-        let address = base.as_ptr().expose_provenance();
-        let won = (agreed == 0 || agreed <= granules)
-            && BASE
-                .compare_exchange(NO_WINDOW, address, Ordering::AcqRel, Ordering::Acquire)
-                .is_ok();
-        if won {
-            return Ok(());
+        match map_window() {
+            Ok(granules) => {
+                RESERVED.store(granules, Ordering::Release);
+                return Ok(());
+            }
+            // By another thread, which is about to say so; or the place is somebody else's.
+            Err(Errno::EEXIST) => std::thread::yield_now(),
+            Err(errno) => return Err(errno.into()),
         }
-        // SAFETY: nobody has seen this mapping.
-        unsafe { munmap(base, granules * GRANULE) }?;
-        std::thread::yield_now();
     }
-    Err(Errno::ENOMEM.into())
+    Err(Errno::EEXIST.into())
 }
 
 /// Maps the largest window to be had, and says how many granules that is.
-fn map_window() -> io::Result<(NonNull<c_void>, usize)> {
+fn map_window() -> nix::Result<usize> {
     let mut granules = GRANULES;
     loop {
         let len = NonZeroUsize::new(granules * GRANULE).ok_or(Errno::ENOMEM)?;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing.
+        // SAFETY: NOREPLACE: it touches nothing that is mapped.
         let mapped = unsafe {
             mmap_anonymous(
-                None,
+                NonZeroUsize::new(BASE),
                 len,
                 ProtFlags::PROT_NONE,
-                MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE,
+                MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED_NOREPLACE,
             )
         };
         match mapped {
-            Ok(base) => return Ok((base, granules)),
-            Err(errno) if granules == 1 => return Err(errno.into()),
-            Err(_) => granules /= 2,
+            Ok(base) if base.as_ptr().expose_provenance() == BASE => return Ok(granules),
+            // Linux before 4.17 takes the address for a hint.
+            Ok(elsewhere) => {
+                // SAFETY: mapped above, and nobody has seen it.
+                unsafe { munmap(elsewhere, len.get()) }?;
+                return Err(Errno::EEXIST);
+            }
+            Err(Errno::ENOMEM) if granules > 1 => granules /= 2,
+            Err(errno) => return Err(errno),
         }
     }
 }
@@ -247,7 +250,7 @@ impl Region {
 
     /// Its first address.
     pub(super) fn start(&self) -> usize {
-        BASE.load(Ordering::Relaxed) + self.first * GRANULE
+        BASE + self.first * GRANULE
     }
 
     /// Gives back `lease`, which [`Lease::share`] gave, when the last block is gone.
