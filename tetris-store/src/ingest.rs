@@ -35,6 +35,7 @@ use crate::object::{
 };
 use crate::publish::Claim;
 use crate::quota::Reservation;
+use crate::regular;
 use crate::root::readable;
 use crate::source::ModelSource;
 use crate::stamp;
@@ -682,14 +683,22 @@ impl<'a> Ingest<'a> {
     fn write_manifest(&self, model: &ModelId, manifest: &Manifest) -> Result<()> {
         let path = self.store.inner.root.model(model);
         let failed = |error| Error::io("publish", &path)(error);
-        let mut file = unnamed(&self.store.inner.root.models()).map_err(failed)?;
-        file.write_all(&manifest.encode()).map_err(failed)?;
-        readable(&file).map_err(failed)?;
-        mark_in_use(&file, &path);
-        if !name(&file, &path).map_err(failed)? {
-            // Ingested before: it counts as used now.
-            mark_in_use(&File::open(&path).map_err(failed)?, &path);
-        }
+        // Ingested before: it counts as used now.
+        let Some(before) = regular::open(&path)? else {
+            let bytes = manifest.encode();
+            let size = bytes.len() as u64;
+            self.room.take(size, 0)?;
+            let mut file = unnamed(&self.store.inner.root.models()).map_err(failed)?;
+            file.write_all(&bytes).map_err(failed)?;
+            readable(&file).map_err(failed)?;
+            mark_in_use(&file, &path);
+            // False: another ingest of the same was faster by a moment.
+            self.room
+                .settle(size, || name(&file, &path).map_err(failed))?;
+            begin_idle_time(&path);
+            return Ok(());
+        };
+        mark_in_use(&before, &path);
         begin_idle_time(&path);
         Ok(())
     }

@@ -6,7 +6,6 @@
 //! scans the names of running pods every 5 seconds.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read};
 use std::os::fd::IntoRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -25,6 +24,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use crate::error::{Error, Result};
 use crate::lifecycle::Moment;
 use crate::lock::{Lock, try_lock, wait_lock};
+use crate::regular;
 use crate::stamp;
 
 /// A lease on one model. Dropping it gives it back.
@@ -43,10 +43,8 @@ impl Lease {
     pub(crate) fn take(path: &Path, patience: Duration) -> Result<Option<(Self, Vec<u8>)>> {
         let start = Instant::now();
         loop {
-            let mut file = match File::open(path) {
-                Ok(file) => file,
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-                Err(error) => return Err(Error::io("open", path)(error)),
+            let Some(mut file) = regular::open(path)? else {
+                return Ok(None);
             };
             let left = patience.saturating_sub(start.elapsed());
             if !wait_lock(&file, Lock::Shared, path, left)? {
@@ -64,14 +62,12 @@ impl Lease {
             if metadata.nlink() == 0 {
                 continue;
             }
-            let mut bytes = Vec::with_capacity(metadata.len() as usize + 1);
-            file.read_to_end(&mut bytes)
-                .map_err(Error::io("read", path))?;
+            let bytes = regular::read(&mut file, path)?;
             let lease = Self {
                 manifest: Some(file),
                 path: path.to_owned(),
                 _seen: (!stamped)
-                    .then(|| File::open(seen_file(path)).ok())
+                    .then(|| regular::open(&seen_file(path)).ok().flatten())
                     .flatten(),
             };
             return Ok(Some((lease, bytes)));
@@ -140,8 +136,8 @@ pub(crate) fn seen_file(path: &Path) -> PathBuf {
     root.join("seen").join(path.file_name().unwrap_or_default())
 }
 
-/// Notes that the model at `path` is in use; whether that was possible. Only the store's owner can; where others take a lease,
-/// a sweep or the agent sees the lease itself.
+/// Notes that the model at `path` is in use; whether that was possible. Only the store's owner can;
+/// where others take a lease, a sweep or the agent sees the lease itself.
 pub(crate) fn mark_in_use(manifest: &File, path: &Path) -> bool {
     let stamped = stamp::write(manifest, Moment::IN_USE);
     if let Err(error) = &stamped {
@@ -154,7 +150,7 @@ pub(crate) fn mark_in_use(manifest: &File, path: &Path) -> bool {
 /// where this process may not say so, it begins with the first sweep that finds it unleased.
 pub(crate) fn begin_idle_time(path: &Path) {
     let begun = || -> Result<()> {
-        let Ok(manifest) = File::open(path) else {
+        let Some(manifest) = regular::open(path)? else {
             return Ok(());
         };
         // Through a description of its own: changing a lock that a forked child shares would

@@ -100,6 +100,7 @@ mod overlap;
 mod publish;
 mod quota;
 mod reclaim;
+mod regular;
 mod root;
 pub mod runtime;
 pub mod schedule;

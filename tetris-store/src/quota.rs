@@ -1,12 +1,13 @@
 //! The quota: how much may be stored, fills under way included.
 //!
-//! No counter is kept, since whoever dies would leave it wrong. What is used is what the files
-//! take, those of views that are not the store's included, plus the *reservations* of those who fill: files in `tmp` which take no memory, a byte long
-//! for each page that is reserved (a byte for a byte would meet the limit on file sizes, which
-//! kills). A reservation is locked while its owner lives, and does not count
-//! otherwise.
+//! No counter is kept, since whoever dies would leave it wrong. What is used is what the files take,
+//! manifests and what views have for themselves included, plus the *reservations* of those who
+//! fill: files in `tmp` which take no memory, a byte long for each page that is reserved (a byte for
+//! a byte would meet the limit on file sizes, which kills). A reservation is locked while its owner
+//! lives, and does not count otherwise.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -154,10 +155,18 @@ pub(crate) const fn in_pages(size: u64) -> u64 {
 }
 
 impl Inner {
-    /// What is stored, what views have for themselves, and what living processes have reserved.
+    /// What is stored, manifests included, what views have for themselves, and what living processes have reserved.
     pub(crate) fn used(&self) -> Result<ByteSize> {
         let stored = self.backing.list()?.into_iter().map(|object| object.bytes);
-        Ok(stored.sum::<ByteSize>() + self.of_views()? + self.reserved()?)
+        Ok(stored.sum::<ByteSize>() + self.of_manifests()? + self.of_views()? + self.reserved()?)
+    }
+
+    /// What the manifests take, with the small files in them.
+    pub(crate) fn of_manifests(&self) -> Result<ByteSize> {
+        let manifests = read_dir(&self.root.models())?;
+        // Reclaimed meanwhile: then it does not count.
+        let sizes = manifests.iter().filter_map(|entry| entry.metadata().ok());
+        Ok(sizes.map(|it| ByteSize::new(it.blocks() * 512)).sum())
     }
 
     /// What the views below the root have for themselves.

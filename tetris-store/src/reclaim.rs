@@ -9,7 +9,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
@@ -27,6 +27,7 @@ use crate::lease::mark_in_use;
 use crate::lifecycle::{Event, IllegalTransition, Lifecycle, Moment};
 use crate::lock::{Lock, try_lock};
 use crate::manifest::Manifest;
+use crate::regular;
 use crate::stamp;
 use crate::store::{Inner, Store};
 use crate::view;
@@ -92,10 +93,15 @@ struct Sweep<'a> {
 impl Sweep<'_> {
     fn model(&mut self, id: &ModelId) -> Result<()> {
         let path = self.inner.root.model(id);
-        let mut file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(Error::io("open", path)(error)),
+        let mut file = match regular::open(&path) {
+            Ok(Some(file)) => file,
+            Ok(None) => return Ok(()),
+            Err(error @ Error::Damaged { .. }) => {
+                tracing::warn!(%error, "a damaged manifest");
+                self.report.damaged.push(*id);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
         };
         let exclusive = try_lock(&file, Lock::Exclusive, &path)?;
         let stamp = modified(&file, &path)?;
@@ -116,11 +122,9 @@ impl Sweep<'_> {
         } else if stamp > now {
             stamp::write(&file, now).map_err(Error::io("stamp", &path))?;
         }
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)
-            .map_err(Error::io("read", &path))?;
-        match Manifest::decode(&bytes) {
+        match regular::read(&mut file, &path).and_then(|bytes| Manifest::decode(&bytes)) {
             Ok(manifest) => self.needed.extend(manifest.objects()),
+            Err(error @ Error::Io { .. }) => return Err(error),
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "a damaged manifest");
                 self.report.damaged.push(*id);
@@ -250,4 +254,40 @@ fn modified(file: &File, path: &Path) -> Result<Moment> {
         .and_then(|metadata| metadata.modified())
         .map(stamp::read)
         .map_err(Error::io("look at", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::StoreConfig;
+
+    #[test]
+    fn a_lease_that_ends_during_a_long_sweep_begins_its_idle_time_then() {
+        const LONG: Duration = Duration::from_secs(2);
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let file = dir.path().join("model.safetensors");
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![4], &[1; 4]);
+        safetensors::serialize_to_file([("a", view.unwrap())], None, &file).unwrap();
+        let mut config = StoreConfig::at(dir.path().join("store"));
+        config.keep_alive = LONG;
+        let store = Store::open(config).unwrap();
+        let source = crate::open_model(&file).unwrap();
+        let id = store.ingest(&*source).unwrap().model;
+        let shared = store.attach(&id).unwrap();
+        let mut sweep = Sweep {
+            inner: &store.inner,
+            needed: HashSet::new(),
+            report: ReclaimReport::default(),
+        };
+        // The sweep is busy with other models.
+        std::thread::sleep(LONG);
+        drop(shared);
+        let ended = std::time::Instant::now();
+        sweep.model(&id).unwrap();
+        assert_eq!(sweep.report.freed, [], "freed before its time");
+        let report = store.reclaim().unwrap();
+        assert!(ended.elapsed() < LONG, "this machine is too slow to tell");
+        assert_eq!(report.freed, [], "freed before its time");
+        assert!(report.next_due.unwrap() > LONG - ended.elapsed());
+    }
 }

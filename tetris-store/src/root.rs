@@ -12,9 +12,9 @@
 //! tmp/      claims on fills, reservations
 //! ```
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,6 +24,7 @@ use crate::backing::{name, read_dir, unnamed};
 use crate::error::{Error, Result};
 use crate::id::{Domain, ModelId};
 use crate::lock::{Lock, try_lock, wait_lock};
+use crate::regular::{self, make_dir};
 
 /// The directory and what this process may do there.
 #[derive(Debug)]
@@ -43,13 +44,26 @@ impl Root {
         if !format_path.exists() {
             Self::create(path, &format)?;
         }
-        let found = fs::read_to_string(&format_path).map_err(Error::io("read", &format_path))?;
-        if found != format {
-            let why = format!("it says {found:?}, wanted is {format:?}");
-            return Err(Error::NotAStore {
-                path: path.to_owned(),
-                why,
-            });
+        let not_a_store = |why| Error::NotAStore {
+            path: path.to_owned(),
+            why,
+        };
+        let mut file = regular::open(&format_path)?
+            .ok_or_else(|| not_a_store("its FORMAT has just been removed".to_owned()))?;
+        let found = regular::read(&mut file, &format_path)?;
+        if found != format.as_bytes() {
+            let found = String::from_utf8_lossy(&found[..found.len().min(200)]);
+            return Err(not_a_store(format!(
+                "it says {found:?}, wanted is {format:?}"
+            )));
+        }
+        // What is followed from here on could lead to somebody else's files.
+        for dir in DIRECTORIES {
+            let at = path.join(dir);
+            let metadata = fs::symlink_metadata(&at).map_err(Error::io("look at", &at))?;
+            if !metadata.is_dir() {
+                return Err(not_a_store(format!("its `{dir}` is not a directory")));
+            }
         }
         let writable = access(&path.join("tmp"), AccessFlags::W_OK | AccessFlags::X_OK).is_ok();
         Ok(Self {
@@ -59,10 +73,10 @@ impl Root {
     }
 
     fn create(path: &Path, format: &str) -> Result<()> {
-        let public = |dir: &Path| {
-            let made = DirBuilder::new().recursive(true).mode(0o755).create(dir);
-            made.map_err(Error::io("create", dir))
-        };
+        let public = |dir: &Path| make_dir(dir, 0o755).map_err(Error::io("create", dir));
+        if let Some(parent) = path.parent().filter(|parent| *parent != Path::new("")) {
+            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        }
         public(path)?;
         let foreign = fs::read_dir(path)
             .map_err(Error::io("list", path))?

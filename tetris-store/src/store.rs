@@ -1,7 +1,6 @@
 //! The store: what a process opens, and what it may ask.
 
 use std::fs::{self, File};
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +20,7 @@ use crate::lease::{Lease, mark_in_use};
 use crate::lifecycle::{Lifecycle, Moment};
 use crate::lock::{Lock, try_lock};
 use crate::manifest::Manifest;
+use crate::regular;
 use crate::root::Root;
 use crate::stamp;
 
@@ -113,6 +113,8 @@ pub struct Stats {
     pub objects: usize,
     /// Memory the stored files take.
     pub stored: ByteSize,
+    /// Memory that the manifests take, with the small files of the models in them.
+    pub manifests: ByteSize,
     /// Memory that the views below `<root>/views` take for themselves; what they link is stored.
     pub views: ByteSize,
     /// What fills under way have reserved, where there is a quota.
@@ -168,7 +170,7 @@ impl Store {
     /// Takes a lease on `model` and gives access to its tensors.
     ///
     /// # Errors
-    /// [`Error::UnknownModel`]; [`Error::Busy`] where it has been about to be reclaimed for longer
+    /// [`Error::UnknownModel`]; [`Error::Damaged`]; [`Error::Busy`] where it has been about to be reclaimed for longer
     /// than the configured patience; [`Error::Io`].
     pub fn attach(&self, model: &ModelId) -> Result<SharedModel> {
         let path = self.inner.root.model(model);
@@ -194,33 +196,25 @@ impl Store {
     /// [`Error::UnknownModel`]; [`Error::Damaged`]; [`Error::Io`].
     pub fn manifest(&self, model: &ModelId) -> Result<Manifest> {
         let path = self.inner.root.model(model);
-        match fs::read(&path) {
-            Ok(bytes) => Manifest::decode(&bytes).map_err(|error| Error::Damaged {
-                path,
-                why: error.to_string(),
-            }),
-            Err(error) if error.kind() == ErrorKind::NotFound => Err(Error::UnknownModel {
-                name: model.to_string(),
-            }),
-            Err(error) => Err(Error::io("read", path)(error)),
-        }
+        let mut file = regular::open(&path)?.ok_or_else(|| Error::UnknownModel {
+            name: model.to_string(),
+        })?;
+        let bytes = regular::read(&mut file, &path)?;
+        Manifest::decode(&bytes).map_err(|error| Error::Damaged {
+            path,
+            why: error.to_string(),
+        })
     }
 
     /// Where `model` stands: leased, or idle and since when. To look is not to use it.
     ///
     /// # Errors
-    /// [`Error::UnknownModel`]; [`Error::Io`].
+    /// [`Error::UnknownModel`]; [`Error::Damaged`]; [`Error::Io`].
     pub fn state(&self, model: &ModelId) -> Result<Lifecycle> {
         let path = self.inner.root.model(model);
-        let manifest = match File::open(&path) {
-            Ok(manifest) => manifest,
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(Error::UnknownModel {
-                    name: model.to_string(),
-                });
-            }
-            Err(error) => return Err(Error::io("open", path)(error)),
-        };
+        let manifest = regular::open(&path)?.ok_or_else(|| Error::UnknownModel {
+            name: model.to_string(),
+        })?;
         // For a moment only: who attaches meanwhile asks again after 50 us.
         let leased = !try_lock(&manifest, Lock::Exclusive, &path)?;
         let modified = manifest.metadata().and_then(|it| it.modified());
@@ -338,6 +332,7 @@ impl Store {
             models: models.len(),
             objects: objects.len(),
             stored: objects.iter().map(|object| object.bytes).sum(),
+            manifests: self.inner.of_manifests()?,
             views: self.inner.of_views()?,
             reserved: self.inner.reserved()?,
             private: models.iter().map(|model| model.manifest.byte_size()).sum(),
@@ -355,7 +350,11 @@ impl Inner {
             tracing::debug!("cannot tell one boot from another: /proc is not there");
             return Ok(());
         };
-        let is_known = || fs::read_to_string(&seen).is_ok_and(|known| known == boot);
+        let is_known = || {
+            let file = regular::open(&seen).ok().flatten();
+            file.and_then(|mut file| regular::read(&mut file, &seen).ok())
+                .is_some_and(|known| known == boot.as_bytes())
+        };
         if is_known() || self.root.check_writable().is_err() {
             return Ok(());
         }
@@ -365,7 +364,11 @@ impl Inner {
         }
         for entry in read_dir(&self.root.models())? {
             let path = entry.path();
-            mark_in_use(&File::open(&path).map_err(Error::io("open", &path))?, &path);
+            match regular::open(&path) {
+                Ok(Some(manifest)) => drop(mark_in_use(&manifest, &path)),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, "a damaged manifest"),
+            }
         }
         for object in self.backing.list()? {
             self.backing.touch(&object.id, Moment::IN_USE)?;

@@ -141,8 +141,11 @@ impl Store {
         id: &ObjectId,
         read: &mut ByteSize,
     ) -> Result<Option<std::result::Result<(), String>>> {
-        let Some(file) = self.inner.backing.open(id)? else {
-            return Ok(None);
+        let file = match self.inner.backing.open(id) {
+            Ok(Some(file)) => file,
+            Ok(None) => return Ok(None),
+            Err(Error::Damaged { why, .. }) => return Ok(Some(Err(why))),
+            Err(error) => return Err(error),
         };
         let path = self
             .object_path(id)

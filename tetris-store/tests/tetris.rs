@@ -414,3 +414,12 @@ fn verify_and_attach_with_an_agent_are_about_its_store() {
     assert_eq!(named.status.code(), Some(1), "{named:?}");
     drop(agent);
 }
+
+#[test]
+fn an_error_names_its_cause_once() {
+    let shell = Shell::new();
+    fs::write(shell.dir.path().join("store"), "in the way").unwrap();
+    let output = shell.run(1, &["ingest", &shell.model("model.safetensors", 1, 2)]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(text.matches("os error").count(), 1, "{text}");
+}

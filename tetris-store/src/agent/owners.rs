@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::id::{ModelId, ObjectId};
 use crate::label;
 use crate::lock::{Lock, try_lock};
+use crate::regular::make_dir;
 use crate::store::Store;
 use crate::view::Demand;
 
@@ -54,11 +55,7 @@ impl Owners {
         store.inner.root.check_writable()?;
         let dir = store.root().join("agent");
         for dir in [dir.clone(), dir.join("users"), dir.join("labels")] {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&dir)
-                .map_err(Error::io("create", dir))?;
+            make_dir(&dir, 0o700).map_err(Error::io("create", dir))?;
         }
         let path = dir.join("lock");
         let file = OpenOptions::new()
@@ -218,11 +215,7 @@ impl Owners {
     /// Notes that `user` has brought `model`.
     pub(super) fn brought(&self, user: u32, model: &ModelId) -> Result<()> {
         let dir = self.models_of(user);
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .map_err(Error::io("create", &dir))?;
+        make_dir(&dir, 0o700).map_err(Error::io("create", &dir))?;
         let path = dir.join(model.to_string());
         File::create(&path)
             .map(drop)

@@ -10,7 +10,6 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -21,6 +20,7 @@ use crate::backing::read_dir;
 use crate::error::{Error, Result};
 use crate::id::ModelId;
 use crate::lease::{begin_idle_time, mark_in_use, seen_file};
+use crate::regular::{self, make_dir};
 use crate::store::Store;
 
 /// Watches the models of several stores.
@@ -46,11 +46,7 @@ impl Watch {
         let mut watched = HashMap::new();
         for store in stores {
             let seen = store.root().join("seen");
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(&seen)
-                .map_err(Error::io("create", &seen))?;
+            make_dir(&seen, 0o755).map_err(Error::io("create", &seen))?;
             let models = store.inner.root.models();
             let opened = AddWatchFlags::IN_OPEN | AddWatchFlags::IN_CLOSE_NOWRITE;
             let new = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO;
@@ -111,7 +107,7 @@ impl Watch {
         match what {
             Watched::Models => make_visible(&manifest),
             Watched::Seen if event.mask.contains(AddWatchFlags::IN_OPEN) => {
-                if let Ok(file) = fs::File::open(&manifest) {
+                if let Ok(Some(file)) = regular::open(&manifest) {
                     mark_in_use(&file, &manifest);
                 }
             }

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use carlsbad_types::ByteSize;
@@ -16,6 +16,7 @@ use super::{Backing, Objects, StoredObject};
 use crate::error::{Error, Result};
 use crate::id::ObjectId;
 use crate::lifecycle::Moment;
+use crate::regular::{self, make_dir};
 use crate::stamp;
 
 /// `<dir>/<first two digits>/<id>`, mode 0444.
@@ -70,10 +71,18 @@ pub(crate) fn name(file: &File, path: &Path) -> io::Result<bool> {
 
 impl Objects for TmpfsDir {
     fn open(&self, id: &ObjectId) -> Result<Option<File>> {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        // Not to wait where a pipe has been put in its place.
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
         match openat(&self.dir, Self::relative(id).as_str(), flags, Mode::empty()) {
-            Ok(file) => Ok(Some(file.into())),
+            Ok(file) => {
+                let file = File::from(file);
+                regular::check(&file, &self.absolute(id)).map(|()| Some(file))
+            }
             Err(Errno::ENOENT) => Ok(None),
+            Err(Errno::ELOOP | Errno::ENXIO) => Err(Error::Damaged {
+                path: self.absolute(id),
+                why: "it is not a regular file".to_owned(),
+            }),
             Err(errno) => Err(Error::io("open", self.absolute(id))(errno)),
         }
     }
@@ -97,12 +106,8 @@ impl Backing for TmpfsDir {
         match name(&file, &path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let folder = self.path.join(format!("{id:.2}"));
-                match fs::DirBuilder::new().mode(0o755).create(&folder) {
-                    Err(error) if error.kind() != ErrorKind::AlreadyExists => {
-                        Err(Error::io("create", folder)(error))
-                    }
-                    _ => name(&file, &path).map_err(failed),
-                }
+                make_dir(&folder, 0o755).map_err(Error::io("create", &folder))?;
+                name(&file, &path).map_err(failed)
             }
             named => named.map_err(failed),
         }

@@ -8,7 +8,7 @@ mod hf_sharded;
 mod onnx_external;
 
 use std::borrow::Cow;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
@@ -303,7 +303,7 @@ fn write(parts: &[Cow<'_, [u8]>], path: &Path) -> Result<()> {
     for part in parts {
         file.write_all(part).map_err(Error::io("write", path))?;
     }
-    file.set_permissions(fs::Permissions::from_mode(0o444))
+    file.set_permissions(Permissions::from_mode(0o444))
         .map_err(Error::io("make readable", path))
 }
 
@@ -323,7 +323,11 @@ impl Hidden {
             let unique = NEXT.fetch_add(1, Ordering::Relaxed);
             let path = tmp.join(format!("{HIDDEN_PREFIX}{}-{unique}", std::process::id()));
             match DirBuilder::new().mode(0o755).create(&path) {
-                Ok(()) => {}
+                // Whatever the umask; unless a sweep came between.
+                Ok(()) => match fs::set_permissions(&path, Permissions::from_mode(0o755)) {
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    set => set.map_err(Error::io("make readable", &path))?,
+                },
                 // Left behind by a process that had this number before us.
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(Error::io("create", path)(error)),

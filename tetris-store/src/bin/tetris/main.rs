@@ -31,7 +31,7 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             let code = exit_code(&error);
-            let text = format!("{error:#}");
+            let text = text(&error);
             if options.global.json {
                 output::json_error(&text, kind(code));
             } else {
@@ -40,6 +40,21 @@ fn main() -> ExitCode {
             ExitCode::from(code)
         }
     }
+}
+
+/// What went wrong and why, each cause once: the library's messages end with their own.
+fn text(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .skip(1)
+        .fold(error.to_string(), |text, cause| {
+            let cause = cause.to_string();
+            if text.ends_with(&cause) {
+                text
+            } else {
+                format!("{text}: {cause}")
+            }
+        })
 }
 
 fn run(options: &Options) -> anyhow::Result<ExitCode> {

@@ -197,6 +197,7 @@ pub(crate) fn stats(global: &Global) -> anyhow::Result<()> {
         "stored   {} in {} files",
         stats.stored, stats.objects
     ))?;
+    output::line(format!("besides  {} of manifests", stats.manifests))?;
     let saved = 1.0 - stats.stored.ratio_of(stats.private);
     output::line(match stats.private {
         ByteSize::ZERO => "private  nothing".to_owned(),

@@ -1,0 +1,119 @@
+//! Small files of a store, opened so that nothing in their place can hold up or mislead who reads.
+//!
+//! A link could lead anywhere, and a pipe or a device could make a reader wait for ever, or never
+//! end. The store writes regular files; what is anything else is damage.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+
+use crate::error::{Error, Result};
+
+/// The most that is read of one: manifests of models with tokenizers and graphs of many megabytes
+/// fit, and memory is safe from a file with a hole of terabytes.
+const LARGEST: u64 = 1 << 30;
+
+/// The regular file at `path`, to be read; `None` where nothing goes by that name.
+///
+/// # Errors
+/// [`Error::Damaged`] where it is no regular file; [`Error::Io`].
+pub(crate) fn open(path: &Path) -> Result<Option<File>> {
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+        .open(path);
+    match opened {
+        Ok(file) => check(&file, path).map(|()| Some(file)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        // ELOOP: a symbolic link. ENXIO: a socket.
+        Err(error)
+            if [Errno::ELOOP, Errno::ENXIO]
+                .iter()
+                .any(|errno| error.raw_os_error() == Some(*errno as i32)) =>
+        {
+            Err(no_regular_file(path))
+        }
+        Err(error) => Err(Error::io("open", path)(error)),
+    }
+}
+
+/// Fails with [`Error::Damaged`] unless `file`, opened at `path`, is a regular file.
+pub(crate) fn check(file: &File, path: &Path) -> Result<()> {
+    let metadata = file.metadata().map_err(Error::io("look at", path))?;
+    if metadata.is_file() {
+        Ok(())
+    } else {
+        Err(no_regular_file(path))
+    }
+}
+
+fn no_regular_file(path: &Path) -> Error {
+    Error::Damaged {
+        path: path.to_owned(),
+        why: "it is not a regular file".to_owned(),
+    }
+}
+
+/// All of `file`, which was opened at `path`.
+///
+/// # Errors
+/// [`Error::Damaged`] where that is more than any such file has; [`Error::Io`].
+pub(crate) fn read(file: &mut File, path: &Path) -> Result<Vec<u8>> {
+    let len = file.metadata().map_err(Error::io("look at", path))?.len();
+    let mut bytes = Vec::new();
+    if len <= LARGEST {
+        // One more than there is, so that the end is found without growing.
+        bytes.reserve_exact(len as usize + 1);
+        let limited = file.take(LARGEST + 1).read_to_end(&mut bytes);
+        limited.map_err(Error::io("read", path))?;
+    }
+    if len.max(bytes.len() as u64) > LARGEST {
+        return Err(Error::Damaged {
+            path: path.to_owned(),
+            why: format!("it is larger than {LARGEST} bytes"),
+        });
+    }
+    Ok(bytes)
+}
+
+/// Makes the directory `path` with this mode, whatever the umask; leaves one that is there alone.
+pub(crate) fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
+    match DirBuilder::new().mode(mode).create(path) {
+        Ok(()) => fs::set_permissions(path, Permissions::from_mode(mode)),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_regular_file_is_damage_and_nobody_waits_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::os::unix::fs::symlink("/dev/zero", path("link")).unwrap();
+        nix::unistd::mkfifo(&path("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::create_dir(path("dir")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+        for name in ["link", "pipe", "dir", "socket"] {
+            let error = open(&path(name)).unwrap_err();
+            assert!(matches!(error, Error::Damaged { .. }), "{name}: {error}");
+        }
+        assert!(open(&path("nothing")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_file_with_a_huge_hole_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hole");
+        File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        let mut file = open(&path).unwrap().unwrap();
+        assert!(matches!(read(&mut file, &path), Err(Error::Damaged { .. })));
+    }
+}
