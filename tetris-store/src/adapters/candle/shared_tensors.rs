@@ -216,7 +216,7 @@ impl Loader<'_> {
         if plan.maps.is_empty() {
             return Ok(Err(CopyReason::Empty));
         }
-        let Ok(region) = Region::claim(plan.len) else {
+        let Ok(region) = Region::claim(plan.len, plan.maps.len()) else {
             return Ok(Err(CopyReason::NoVa));
         };
         let placing = Placing::start();

@@ -11,6 +11,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicUsize, Ordering, fence};
 
 use nix::errno::Errno;
@@ -34,14 +35,18 @@ const BASE: usize = PLACE * WINDOW;
 /// Granules really reserved: none before there is a window, fewer than [`GRANULES`] under
 /// `RLIMIT_AS`.
 static RESERVED: AtomicUsize = AtomicUsize::new(0);
+/// Mappings that the regions take, or are about to.
+static MAPPINGS: AtomicUsize = AtomicUsize::new(0);
 static CELLS: [Cell; GRANULES] = [const { Cell::new() }; GRANULES];
 
-/// What is known of one granule. Only the first granule of a region uses the last three.
+/// What is known of one granule. Only the first granule of a region uses the last four.
 struct Cell {
     /// 0: free. Otherwise the number of its region's first granule, plus 1.
     owner: AtomicU32,
     /// Granules in the region.
     span: AtomicU32,
+    /// Mappings that the region counts for.
+    mappings: AtomicU32,
     /// Live blocks, and 1 while the region is being set up.
     live: AtomicUsize,
     /// A descriptor to close at the end, plus 1; 0 is none.
@@ -53,6 +58,7 @@ impl Cell {
         Self {
             owner: AtomicU32::new(0),
             span: AtomicU32::new(0),
+            mappings: AtomicU32::new(0),
             live: AtomicUsize::new(0),
             lease: AtomicI32::new(0),
         }
@@ -131,12 +137,14 @@ fn drop_count(first: usize) {
     fence(Ordering::Acquire);
     let lease = CELLS[first].lease.swap(0, Ordering::Relaxed);
     let span = CELLS[first].span.load(Ordering::Relaxed) as usize;
+    let mappings = CELLS[first].mappings.load(Ordering::Relaxed) as usize;
     let start = BASE + first * GRANULE;
     // Should the kernel refuse, these addresses stay taken: memory is lost, nothing is unsound.
     if map_anonymous(start, span * GRANULE, ProtFlags::PROT_NONE).is_ok() {
         for cell in CELLS[first..first + span].iter().rev() {
             cell.owner.store(0, Ordering::Release);
         }
+        MAPPINGS.fetch_sub(mappings, Ordering::Relaxed);
     }
     if lease != 0 {
         // SAFETY: `Region::hold` took the descriptor over, and the swap gives it to one thread.
@@ -230,14 +238,28 @@ pub(super) struct Region {
 }
 
 impl Region {
-    /// Takes `len` bytes of address space, readable, writable and zero.
+    /// Takes `len` bytes of address space, readable, writable and zero, in which `files` stretches of
+    /// files are to be mapped.
     ///
     /// # Errors
-    /// Of the kind `OutOfMemory` where the process may not have that much address space.
-    pub(super) fn claim(len: usize) -> io::Result<Self> {
+    /// Of the kind `OutOfMemory` where the process may not have that much address space, or that
+    /// many mappings.
+    pub(super) fn claim(len: usize, files: usize) -> io::Result<Self> {
         reserve()?;
+        // One before and one behind the files.
+        let mappings = u32::try_from(files + 2).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let taken = MAPPINGS.fetch_add(mappings as usize, Ordering::Relaxed);
         let span = len.div_ceil(GRANULE).max(1);
-        let first = claim_granules(span).ok_or(io::ErrorKind::OutOfMemory)?;
+        let first = if taken + mappings as usize <= most_mappings() {
+            claim_granules(span)
+        } else {
+            None
+        };
+        let Some(first) = first else {
+            MAPPINGS.fetch_sub(mappings as usize, Ordering::Relaxed);
+            return Err(io::ErrorKind::OutOfMemory.into());
+        };
+        CELLS[first].mappings.store(mappings, Ordering::Relaxed);
         let region = Self { first };
         let len = len.max(1).next_multiple_of(page_size());
         map_anonymous(
@@ -266,6 +288,21 @@ impl Drop for Region {
     fn drop(&mut self) {
         drop_count(self.first);
     }
+}
+
+/// The most mappings that regions may take: three quarters of what the kernel allows a process. A
+/// program without any left cannot even allocate, and is ended by that.
+fn most_mappings() -> usize {
+    /// The kernel's default.
+    const DEFAULT: usize = 65_530;
+    static MOST: OnceLock<usize> = OnceLock::new();
+    *MOST.get_or_init(|| {
+        let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(DEFAULT);
+        limit / 4 * 3
+    })
 }
 
 /// Finds and takes `span` free granules in a row.
