@@ -34,7 +34,7 @@ fn attaching_for_ever_leaves_mappings_for_the_rest_of_the_program() {
         attached.push(SharedTensors::of(&shared).unwrap());
         let report = attached.last().unwrap().report();
         if let Some(copied) = report.copied.first() {
-            break copied.reason.clone();
+            break copied.reason;
         }
         assert!(attached.len() < ATTACHES, "no limit was met");
     };
