@@ -1,5 +1,6 @@
 //! The stops of the tour, one module a crate.
 
+mod directcxl;
 mod tetris_store;
 
 use anyhow::Result;
@@ -7,13 +8,20 @@ use anyhow::Result;
 use crate::stop::Stop;
 
 /// All of them, in the order of the tour.
-pub(crate) const STOPS: &[Stop] = &[Stop {
-    name: "tetris-store",
-    job: "One copy of every tensor on the machine, whoever loads it.",
-    run: tetris_store::visit,
-}];
+pub(crate) const STOPS: &[Stop] = &[
+    Stop {
+        name: "tetris-store",
+        job: "One copy of every tensor on the machine, whoever loads it.",
+        run: tetris_store::visit,
+    },
+    Stop {
+        name: "directcxl",
+        job: "CXL memory as named, mappable, crash-safe namespaces.",
+        run: directcxl::visit,
+    },
+];
 
 /// Plays the role that this process was started in, if it was.
 pub(crate) fn play_role() -> Option<Result<()>> {
-    tetris_store::worker::play()
+    tetris_store::worker::play().or_else(directcxl::worker::play)
 }

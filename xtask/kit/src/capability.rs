@@ -40,6 +40,10 @@ pub enum Capability {
     TmpfsMount,
     /// A tmpfs with `huge=always` is backed by huge pages.
     HugeTmpfs,
+    /// Huge pages that this process may set aside and mount.
+    HugeTlb,
+    /// Page faults that a process handles itself.
+    Userfaultfd,
     /// Kernel samepage merging, and the right to switch it on.
     Ksm,
     /// `/dev/kvm` can be opened.
@@ -62,12 +66,14 @@ use Capability as C;
 
 impl Capability {
     /// Every capability, in the order in which `cargo xtask doctor` lists them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         C::Root,
         C::Namespaces,
         C::SharedMemory,
         C::TmpfsMount,
         C::HugeTmpfs,
+        C::HugeTlb,
+        C::Userfaultfd,
         C::Ksm,
         C::ControlGroups,
         C::Kvm,
@@ -86,6 +92,8 @@ impl Capability {
             C::SharedMemory => "shm",
             C::TmpfsMount => "tmpfs-mount",
             C::HugeTmpfs => "huge-tmpfs",
+            C::HugeTlb => "hugetlb",
+            C::Userfaultfd => "userfaultfd",
             C::Ksm => "ksm",
             C::Kvm => "kvm",
             C::Qemu => "qemu",
@@ -109,6 +117,11 @@ impl Capability {
             C::HugeTmpfs => {
                 "run as root on a kernel with CONFIG_TRANSPARENT_HUGEPAGE; \
                  /sys/kernel/mm/transparent_hugepage/shmem_enabled must not be `deny`"
+            }
+            C::HugeTlb => "run as root on a kernel with CONFIG_HUGETLBFS",
+            C::Userfaultfd => {
+                "run as root on a kernel with CONFIG_USERFAULTFD, \
+                 or sysctl vm.unprivileged_userfaultfd=1"
             }
             C::Ksm => "run as root on a kernel with CONFIG_KSM",
             C::Kvm => "load the kvm module and join the group of /dev/kvm",
@@ -211,6 +224,14 @@ impl Capability {
                 ],
             ),
             C::HugeTmpfs => huge_tmpfs(),
+            C::HugeTlb => match crate::scratch::on_hugetlbfs(2 << 20) {
+                Ok(place) => State::Present(place.path().display().to_string()),
+                Err(why) => State::Missing(why.to_string()),
+            },
+            C::Userfaultfd => match crate::page_swap::PageSwap::probe() {
+                Ok(()) => State::Present("userfaultfd".to_owned()),
+                Err(why) => State::Missing(why.to_string()),
+            },
             C::Ksm => writable("/sys/kernel/mm/ksm/run"),
             C::Kvm => writable("/dev/kvm"),
             C::Qemu => runs("qemu-system-x86_64", &["--version"]),

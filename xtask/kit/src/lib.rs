@@ -10,6 +10,7 @@
 //! | [`seed`] | randomness that can be repeated |
 //! | [`sample`] | ours and the rival's timings, interleaved, with medians |
 //! | [`figure`] | figures that `cargo xtask figures` collects from bench targets |
+//! | [`page_swap`] | far memory as a pager reaches it: what direct access is measured beside |
 //! | [`plot`] | SVG plots that are readable on dark and on light pages |
 //!
 //! This crate is never published: it is a path-only development dependency.
@@ -22,6 +23,7 @@ pub mod child;
 pub mod figure;
 pub mod leak;
 pub mod memory;
+pub mod page_swap;
 pub mod plot;
 
 pub mod sample;

@@ -4,6 +4,8 @@
 //! initial file system. It is emulated: what passes here does not depend on this machine's kernel,
 //! and what is measured here means nothing.
 
+mod directcxl;
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -39,7 +41,7 @@ pub(crate) struct Arguments {
     /// One of the ten; all that exist without it.
     #[arg(value_name = "CRATE")]
     name: Option<String>,
-    /// Only these test targets.
+    /// Only these test targets; of directcxl only these machines: pmem, switch, hosts.
     #[arg(long = "test", value_name = "TARGET")]
     tests: Vec<String>,
     /// How long one machine may run.
@@ -55,8 +57,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         bail!("{why}: {}", Capability::Qemu.fix());
     }
     let workspace = Workspace::load()?;
-    let images = Images::get()?;
     for package in workspace.chosen(arguments.name.as_deref())? {
+        if package.name == "directcxl" {
+            directcxl::run(package, &arguments.tests)?;
+            continue;
+        }
+        let images = Images::get()?;
         let mut tests = package.vm_tests().to_vec();
         if !arguments.tests.is_empty() {
             tests.clone_from(&arguments.tests);

@@ -1,0 +1,156 @@
+//! A pool in memory without a name: for one process and those it starts.
+
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use carlsbad_types::ByteSize;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::file::{page_size, path_of};
+use super::{
+    Backend, Coherence, Geometry, Health, Identity, Persistence, boot_incarnation, punch_hole,
+};
+use crate::HostId;
+use crate::error::{Error, Result};
+use crate::layout::EXTENT;
+use crate::medium::{Access, Medium, Memory};
+
+/// Memory without a name. It goes when the last process that has it open or mapped is gone; another
+/// process gets it by descriptor ([`MemfdHdm::from_fd`]).
+#[derive(Debug)]
+pub struct MemfdHdm {
+    file: File,
+    geometry: Geometry,
+    identity: Identity,
+    host: HostId,
+}
+
+impl MemfdHdm {
+    /// Memory of `length` bytes, rounded up to 2 MiB. Pages are taken when they are touched.
+    ///
+    /// # Errors
+    /// Where the kernel refuses, or `length` is zero.
+    pub fn new(length: ByteSize) -> Result<Self> {
+        let place = || "memory of this process".to_owned();
+        let length = length
+            .round_up(ByteSize::new(EXTENT))
+            .filter(|length| *length > ByteSize::ZERO && length.get() <= i64::MAX as u64)
+            .ok_or_else(|| Error::BadGeometry {
+                place: place(),
+                why: format!("{length} is no length"),
+                fix: "ask for at least 8 MiB and less than 8 EiB".to_owned(),
+            })?;
+        let file: File = memfd_create("directcxl", MFdFlags::MFD_CLOEXEC)
+            .map_err(Error::io("make", place()))?
+            .into();
+        file.set_len(length.get())
+            .map_err(Error::io("set the length of", place()))?;
+        Self::of(file)
+    }
+
+    /// The memory behind a descriptor that another process made by [`MemfdHdm::new`] and passed on.
+    /// It is opened anew, so that the two exclude each other where they have to.
+    ///
+    /// # Errors
+    /// Where the descriptor is not one of a memory file.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        let path = path_of(fd.as_fd());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(Error::io("open anew", path.display().to_string()))?;
+        Self::of(file)
+    }
+
+    /// Says which of several hosts this is. Host 0 without it.
+    #[must_use]
+    pub fn on_host(mut self, host: HostId) -> Self {
+        self.host = host;
+        self
+    }
+
+    /// Says who keeps the hosts' caches coherent. Hardware without it.
+    #[must_use]
+    pub fn coherence(mut self, coherence: Coherence) -> Self {
+        self.geometry.coherence = coherence;
+        self
+    }
+
+    fn of(file: File) -> Result<Self> {
+        let metadata = file
+            .metadata()
+            .map_err(Error::io("look at", "a memory file"))?;
+        Ok(Self {
+            geometry: Geometry {
+                length: ByteSize::new(metadata.len()),
+                alignment: ByteSize::new(page_size()),
+                persistence: Persistence::Volatile,
+                coherence: Coherence::Hardware,
+                numa_node: None,
+                writable: true,
+            },
+            identity: Identity {
+                place: format!("memfd {}", metadata.ino()),
+                serial: format!("{}:{}", metadata.dev(), metadata.ino()),
+                incarnation: boot_incarnation(),
+            },
+            host: HostId::default(),
+            file,
+        })
+    }
+}
+
+impl Backend for MemfdHdm {
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn host(&self) -> HostId {
+        self.host
+    }
+
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    fn map(
+        self: Arc<Self>,
+        range: Range<u64>,
+        access: Access,
+        populate: bool,
+    ) -> Result<Box<dyn Medium>> {
+        let backend: Arc<dyn Backend> = Arc::clone(&self) as _;
+        let memory = Memory::map(backend, self.file.as_fd(), range, access, populate)?;
+        Ok(Box::new(memory))
+    }
+
+    fn discard(&self, range: Range<u64>) -> Result<bool> {
+        punch_hole(self.as_fd(), self.place(), range)
+    }
+
+    fn health(&self) -> Health {
+        match self.file.metadata() {
+            Ok(now) if now.len() >= self.geometry.length.get() => Health::Ok,
+            _ => Health::Removed,
+        }
+    }
+
+    fn reopen(&self) -> Result<Arc<dyn Backend>> {
+        let fd = self
+            .file
+            .try_clone()
+            .map_err(Error::io("duplicate", self.place()))?;
+        let mut again = Self::from_fd(fd.into())?;
+        again.host = self.host;
+        again.geometry.coherence = self.geometry.coherence;
+        Ok(Arc::new(again))
+    }
+}

@@ -1,0 +1,270 @@
+//! Copies that a bus error ends instead of the process.
+//!
+//! Memory of a device may go away, or report poison, while it is mapped; the kernel says so by
+//! SIGBUS at the instruction that touched it. Every copy of this crate goes through one routine. The
+//! handler looks whether the interrupted instruction is one of that routine's; if so it moves the
+//! instruction pointer to the routine's exit, and otherwise it hands the signal on to the handler
+//! that was there before. No `longjmp`, no allocation, no lock: nothing that a signal handler may not
+//! do.
+
+use std::ptr;
+
+use crate::error::{Error, Result};
+
+/// What a copy met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nothing is mapped there any more.
+    Gone { address: usize },
+    /// The memory reports an uncorrectable error.
+    Poison { address: usize },
+}
+
+/// Copies `length` bytes. Eight bytes that are aligned on both sides are copied by one instruction
+/// where `length` is a multiple of eight and at most 256.
+///
+/// # Safety
+/// Both ranges belong to live mappings or objects, and do not overlap. Other processes may change
+/// what is copied meanwhile. [`install`] has been called.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) unsafe fn copy(
+    to: *mut u8,
+    from: *const u8,
+    length: usize,
+) -> std::result::Result<(), Fault> {
+    let (code, address) = guarded::copy(to, from, length);
+    match code {
+        0 => Ok(()),
+        // BUS_MCEERR_AR and BUS_MCEERR_AO (sigaction(2)).
+        4 | 5 => Err(Fault::Poison { address }),
+        _ => Err(Fault::Gone { address }),
+    }
+}
+
+/// Elsewhere a copy is a copy.
+///
+/// # Safety
+/// As of `ptr::copy_nonoverlapping`.
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+pub(crate) unsafe fn copy(
+    to: *mut u8,
+    from: *const u8,
+    length: usize,
+) -> std::result::Result<(), Fault> {
+    // SAFETY: the caller's.
+    unsafe { ptr::copy_nonoverlapping(from, to, length) };
+    Ok(())
+}
+
+/// Installs the handler, once in the life of the process.
+pub(crate) fn install() -> Result<()> {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    return guarded::install().map_err(|errno| Error::Io {
+        what: "install a handler of",
+        place: "SIGBUS".to_owned(),
+        source: std::io::Error::from_raw_os_error(errno),
+    });
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    Err(Error::Unsupported {
+        what: "mapping a pool",
+    })
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod guarded {
+    use std::arch::{asm, global_asm};
+    use std::cell::UnsafeCell;
+    use std::sync::OnceLock;
+
+    use super::ptr;
+
+    // rdi, rsi, rcx: to, from, length. Ends with rax: 0, or the signal's code; rdx: its address.
+    // Small copies by words, since a string instruction takes tens of cycles to start, and since
+    // eight aligned bytes have to be copied whole.
+    global_asm!(
+        ".pushsection .text.directcxl_copy,\"ax\",@progbits",
+        ".balign 64",
+        ".hidden directcxl_copy",
+        ".hidden directcxl_copy_end",
+        ".hidden directcxl_copy_out",
+        ".globl directcxl_copy",
+        "directcxl_copy:",
+        "test cl, 7",
+        "jnz 3f",
+        "shr rcx, 3",
+        "jz 4f",
+        "cmp rcx, 32",
+        "ja 5f",
+        "2:",
+        "mov rax, [rsi]",
+        "mov [rdi], rax",
+        "add rsi, 8",
+        "add rdi, 8",
+        "dec rcx",
+        "jnz 2b",
+        "jmp 4f",
+        "5:",
+        "rep movsq",
+        "jmp 4f",
+        "3:",
+        "rep movsb",
+        "4:",
+        "xor eax, eax",
+        ".globl directcxl_copy_end",
+        "directcxl_copy_end:",
+        "ret",
+        ".globl directcxl_copy_out",
+        "directcxl_copy_out:",
+        "ret",
+        ".popsection",
+    );
+
+    unsafe extern "C" {
+        // Symbols of the routine above: only their addresses are used.
+        static directcxl_copy: u8;
+        static directcxl_copy_end: u8;
+        static directcxl_copy_out: u8;
+    }
+
+    /// Calls the routine; gives the signal's code, or 0, and its address.
+    pub(super) fn copy(to: *mut u8, from: *const u8, length: usize) -> (u64, usize) {
+        let (code, address): (u64, usize);
+        // SAFETY: the caller of `super::copy` vouches for both ranges. The routine changes the
+        // registers named here and memory, nothing else; it uses 8 bytes of stack for its return
+        // address, hence no `nostack`.
+        unsafe {
+            asm!(
+                "call {routine}",
+                routine = sym directcxl_copy,
+                inout("rdi") to => _,
+                inout("rsi") from => _,
+                inout("rcx") length => _,
+                out("rax") code,
+                lateout("rdx") address,
+            );
+        }
+        (code, address)
+    }
+
+    /// The handler that was there before ours.
+    struct Previous(UnsafeCell<libc::sigaction>);
+    // SAFETY: written once, before the handler that reads it is installed.
+    unsafe impl Sync for Previous {}
+    // SAFETY: all zeroes is a value of this type.
+    static PREVIOUS: Previous = Previous(UnsafeCell::new(unsafe { std::mem::zeroed() }));
+
+    pub(super) fn install() -> Result<(), i32> {
+        static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+        *INSTALLED.get_or_init(|| {
+            let failed = || Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0));
+            // First a look at what is there, so that a signal that comes between finds it.
+            // SAFETY: `sigaction` with no new action writes the old one to where the pointer says.
+            let read = unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), PREVIOUS.0.get()) };
+            if read != 0 {
+                return failed();
+            }
+            // SAFETY: all zeroes is a value of this type.
+            let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+            action.sa_sigaction = handle as *const () as usize;
+            // On the alternate stack where the thread has one, as Rust's own handler runs there.
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            // SAFETY: `action` is a value of this type.
+            unsafe { libc::sigemptyset(&raw mut action.sa_mask) };
+            // SAFETY: the handler does only what a signal handler may do.
+            if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) } != 0 {
+                return failed();
+            }
+            Ok(())
+        })
+    }
+
+    extern "C" fn handle(
+        signal: libc::c_int,
+        info: *mut libc::siginfo_t,
+        context: *mut libc::c_void,
+    ) {
+        let registers = context.cast::<libc::ucontext_t>();
+        // SAFETY: the kernel passes a context to a handler with SA_SIGINFO.
+        let registers = unsafe { &mut (*registers).uc_mcontext.gregs };
+        let at = registers[libc::REG_RIP as usize] as usize;
+        let routine = (&raw const directcxl_copy).addr()..(&raw const directcxl_copy_end).addr();
+        if routine.contains(&at) {
+            // SAFETY: the kernel passes an information to a handler with SA_SIGINFO.
+            let info = unsafe { &*info };
+            registers[libc::REG_RAX as usize] = i64::from(info.si_code);
+            // SAFETY: a SIGBUS that an instruction raised has an address.
+            registers[libc::REG_RDX as usize] = unsafe { info.si_addr() }.addr() as i64;
+            registers[libc::REG_RIP as usize] = (&raw const directcxl_copy_out).addr() as i64;
+            return;
+        }
+        // SAFETY: it was written before this handler was installed, and is not written again.
+        let previous = unsafe { &*PREVIOUS.0.get() };
+        match previous.sa_sigaction {
+            libc::SIG_DFL | libc::SIG_IGN => {
+                // The instruction runs again, and the kernel does what it does without a handler.
+                // SAFETY: all zeroes is a value of this type, and the default action.
+                let default: libc::sigaction = unsafe { std::mem::zeroed() };
+                // SAFETY: `sigaction` may be called in a handler (signal-safety(7)).
+                unsafe { libc::sigaction(signal, &raw const default, ptr::null_mut()) };
+            }
+            function if previous.sa_flags & libc::SA_SIGINFO != 0 => {
+                type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+                // SAFETY: SA_SIGINFO says that the handler has this type.
+                let function: Handler = unsafe { std::mem::transmute(function) };
+                function(signal, info, context);
+            }
+            function => {
+                // SAFETY: without SA_SIGINFO a handler has this type.
+                let function: extern "C" fn(libc::c_int) = unsafe { std::mem::transmute(function) };
+                function(signal);
+            }
+        }
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+mod tests {
+    use super::{Fault, copy, install};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn every_length_is_copied_exactly() {
+        install().unwrap();
+        let from: Vec<u8> = (0..700u32).map(|i| (i * 7) as u8).collect();
+        for length in 0..600 {
+            let mut to = vec![0xee; 700];
+            // SAFETY: both are live and at least that long.
+            unsafe { copy(to.as_mut_ptr(), from.as_ptr(), length) }.unwrap();
+            assert_eq!(to[..length], from[..length]);
+            assert!(to[length..].iter().all(|byte| *byte == 0xee));
+        }
+    }
+
+    #[test]
+    fn a_copy_from_what_is_gone_is_an_answer_and_no_signal() {
+        install().unwrap();
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        let file: std::fs::File = nix::sys::memfd::memfd_create("fault", flags)
+            .unwrap()
+            .into();
+        file.set_len(8192).unwrap();
+        let map = memmap2::MmapOptions::new()
+            .len(8192)
+            .map_raw(&file.as_fd())
+            .unwrap();
+        file.set_len(4096).unwrap();
+        let gone = map.as_mut_ptr().wrapping_add(4096);
+        let mut buffer = [0u8; 512];
+        for length in [1, 8, 64, 100, 512] {
+            // SAFETY: the range is mapped, though nothing is behind it.
+            let read = unsafe { copy(buffer.as_mut_ptr(), gone, length) };
+            let address = gone.addr();
+            assert_eq!(read, Err(Fault::Gone { address }));
+            // SAFETY: as above.
+            let written = unsafe { copy(gone, buffer.as_ptr(), length) };
+            assert_eq!(written, Err(Fault::Gone { address }));
+        }
+        // SAFETY: this page is still there.
+        unsafe { copy(buffer.as_mut_ptr(), map.as_ptr(), 512) }.unwrap();
+    }
+}

@@ -1,0 +1,164 @@
+//! Leases: what keeps the extent of a removed namespace in quarantine.
+//!
+//! On one host a lease is a shared lock of the kernel, which ends with its process, whoever kills
+//! it; no process id and no clock is involved. For other hosts it is a slot in this host's area.
+
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use crate::HostId;
+use crate::error::{Error, Result};
+use crate::flush::Step;
+use crate::layout::{
+    LEASE_HEAD, LEASE_SLOTS, LEASES, LOCK_LEASE, LOCK_LEASES, Lease, LeaseHead, Seed, Superblock,
+};
+use crate::lock::{self, Guard, Kind};
+use crate::medium::Medium;
+
+/// The leases of one host, in its area.
+pub(crate) struct Table<'a> {
+    pub(crate) medium: &'a dyn Medium,
+    /// Where the area begins in `medium`.
+    pub(crate) area: u64,
+    pub(crate) seed: Seed,
+}
+
+impl Table<'_> {
+    /// The head. Where it cannot be read every slot counts, and no eviction is known.
+    pub(crate) fn head(&self) -> Result<Option<LeaseHead>> {
+        let at = self.area + LEASE_HEAD;
+        let mut bytes = [0; LeaseHead::SIZE];
+        let range = at..at + bytes.len() as u64;
+        self.medium.invalidate(range, Step::AcquireLease)?;
+        self.medium.load(at, &mut bytes)?;
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Ok(Some(LeaseHead { nonce: 0, used: 0 }));
+        }
+        Ok(LeaseHead::decode(&bytes, self.seed))
+    }
+
+    fn write_head(&self, head: LeaseHead) -> Result<()> {
+        let at = self.area + LEASE_HEAD;
+        let bytes = head.encode(self.seed);
+        self.medium.store(at, &bytes)?;
+        self.medium
+            .write_back(at..at + bytes.len() as u64, Step::Lease)
+    }
+
+    /// Every slot that may be in use.
+    pub(crate) fn slots(&self) -> Result<Vec<Lease>> {
+        let used = self.head()?.map_or(LEASES, |head| head.used as usize);
+        let mut bytes = vec![0; used.min(LEASES) * Lease::SIZE];
+        let at = self.area + LEASE_SLOTS;
+        let range = at..at + bytes.len() as u64;
+        self.medium.invalidate(range, Step::AcquireLease)?;
+        self.medium.load(at, &mut bytes)?;
+        let (slots, _) = bytes.as_chunks::<{ Lease::SIZE }>();
+        Ok(slots.iter().map(Lease::decode).collect())
+    }
+
+    fn write(&self, slot: usize, lease: Lease) -> Result<()> {
+        let at = self.area + LEASE_SLOTS + (slot * Lease::SIZE) as u64;
+        let bytes = lease.encode();
+        self.medium.store(at, &bytes)?;
+        self.medium
+            .write_back(at..at + bytes.len() as u64, Step::Lease)
+    }
+
+    /// Writes a lease, and gives the nonce under which it counts. The table is locked.
+    ///
+    /// A damaged head is written anew with `nonce`; every slot counts from then on.
+    pub(crate) fn insert(&self, generation: u64, host: HostId, nonce: u64) -> Result<u64> {
+        let head = match self.head()? {
+            Some(head) => head,
+            None => {
+                let used = LEASES as u32;
+                self.write_head(LeaseHead { nonce, used })?;
+                LeaseHead { nonce, used }
+            }
+        };
+        let slots = self.slots()?;
+        if slots.contains(&Lease::Of(generation)) {
+            return Ok(head.nonce);
+        }
+        let slot = slots
+            .iter()
+            .position(|slot| *slot == Lease::Free)
+            .unwrap_or(slots.len());
+        if slot >= LEASES {
+            return Err(Error::TooManyLeases { host, most: LEASES });
+        }
+        // The slot first: a slot that the head does not count yet is no lease, and nobody relies on
+        // it before this returns.
+        self.write(slot, Lease::Of(generation))?;
+        if slot >= head.used as usize {
+            self.write_head(LeaseHead {
+                used: slot as u32 + 1,
+                ..head
+            })?;
+        }
+        Ok(head.nonce)
+    }
+
+    /// Clears every slot of which `is_over` says so, and damaged ones. The table is locked.
+    pub(crate) fn clear(&self, mut is_over: impl FnMut(u64) -> Result<bool>) -> Result<()> {
+        for (i, slot) in self.slots()?.into_iter().enumerate() {
+            let over = match slot {
+                Lease::Free => false,
+                Lease::Of(generation) => is_over(generation)?,
+                // The processes that wrote it are here: the kernel's locks say what is in use.
+                Lease::Damaged => true,
+            };
+            if over {
+                self.write(i, Lease::Free)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Clears everything, and begins anew under another nonce. The table is locked.
+    pub(crate) fn renew(&self, nonce: u64) -> Result<LeaseHead> {
+        let zeroes = vec![0; LEASES * Lease::SIZE];
+        let at = self.area + LEASE_SLOTS;
+        self.medium.store(at, &zeroes)?;
+        self.medium
+            .write_back(at..at + zeroes.len() as u64, Step::Lease)?;
+        let head = LeaseHead { nonce, used: 0 };
+        self.write_head(head)?;
+        Ok(head)
+    }
+
+    /// Whether a lease here holds what was of `generation`.
+    pub(crate) fn holds(&self, generation: u64, evicted: Option<u64>) -> Result<bool> {
+        let head = self.head()?;
+        if let (Some(head), Some(nonce)) = (head, evicted)
+            && head.nonce == nonce
+        {
+            return Ok(false);
+        }
+        Ok(self
+            .slots()?
+            .iter()
+            .any(|slot| matches!(slot, Lease::Damaged) || *slot == Lease::Of(generation)))
+    }
+}
+
+/// Locks the leases of this host.
+pub(crate) fn lock_table(fd: BorrowedFd<'_>, patience: Duration) -> Result<Guard<'_>> {
+    lock::acquire(fd, LOCK_LEASES, Kind::Exclusive, patience, "the leases")
+}
+
+/// The lock of the kernel that is a lease on this host.
+pub(crate) fn byte(generation: u64) -> u64 {
+    LOCK_LEASE + generation
+}
+
+/// Whether a process of this host, other than through this descriptor, is attached.
+pub(crate) fn is_attached_elsewhere(fd: BorrowedFd<'_>, generation: u64) -> Result<bool> {
+    lock::is_held_elsewhere(fd, byte(generation))
+}
+
+/// Where a host's area is, for a medium that maps everything from the beginning.
+pub(crate) fn area(superblock: &Superblock, host: HostId) -> u64 {
+    superblock.area(host.0)
+}

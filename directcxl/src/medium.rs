@@ -1,0 +1,214 @@
+//! Mapped memory of a backend: what every byte of a pool goes through.
+
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use carlsbad_types::ByteSize;
+use memmap2::{MmapOptions, MmapRaw};
+
+use crate::backend::{Backend, Coherence, Persistence};
+use crate::error::{Error, Result};
+use crate::flush::Step;
+use crate::{arch, fault};
+
+/// What a mapping may be used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Access {
+    /// Reading. The mapping is read-only, so that no line of it can be dirty here: an `acquire`
+    /// would write a dirty line over what another host has written.
+    Read,
+    /// Reading and writing.
+    Write,
+}
+
+/// A mapped piece of a backend. Offsets are from its beginning.
+///
+/// [`Memory`] is the one that real backends give. A test may give one that models caches.
+pub trait Medium: fmt::Debug + Send + Sync {
+    /// Where it is mapped.
+    fn base(&self) -> NonNull<u8>;
+
+    /// Its length in bytes.
+    fn length(&self) -> u64;
+
+    /// Reads `into.len()` bytes at `offset`, as they are in this host's caches.
+    ///
+    /// # Errors
+    /// Where the memory is gone or poisoned, and for a range outside.
+    fn load(&self, offset: u64, into: &mut [u8]) -> Result<()>;
+
+    /// Writes `bytes` at `offset`, into this host's caches.
+    ///
+    /// # Errors
+    /// Where the memory is gone or poisoned or mapped for reading, and for a range outside.
+    fn store(&self, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Writes the lines of `range` from this host's caches to memory, and waits until they are
+    /// there. `step` says what for.
+    ///
+    /// # Errors
+    /// For a range outside, and where the backend writes to a disk that fails.
+    fn write_back(&self, range: Range<u64>, step: Step) -> Result<()>;
+
+    /// Drops the lines of `range` from this host's caches, so that loads see what other hosts wrote
+    /// back. `step` says what for.
+    ///
+    /// # Errors
+    /// For a range outside.
+    fn invalidate(&self, range: Range<u64>, step: Step) -> Result<()>;
+}
+
+/// Refuses a range that does not lie within `length` bytes.
+pub(crate) fn within(range: &Range<u64>, length: u64) -> Result<()> {
+    if range.start <= range.end && range.end <= length {
+        return Ok(());
+    }
+    Err(Error::OutOfRange {
+        start: range.start,
+        end: range.end,
+        length: ByteSize::new(length),
+        why: "it ends outside",
+    })
+}
+
+/// A real mapping.
+#[derive(Debug)]
+pub struct Memory {
+    map: MmapRaw,
+    access: Access,
+    /// Of this mapping, within the backend.
+    offset: u64,
+    /// Whether lines have to be moved for others to see them, or for a power failure.
+    write_back: bool,
+    invalidate: bool,
+    sync: bool,
+    backend: Arc<dyn Backend>,
+}
+
+impl Memory {
+    /// Maps `range` of a descriptor. With `populate` every page is there when this returns.
+    ///
+    /// # Errors
+    /// Where the kernel refuses: among others for want of huge pages, and for a range of a device
+    /// that is not a multiple of its alignment.
+    pub fn map(
+        backend: Arc<dyn Backend>,
+        fd: BorrowedFd<'_>,
+        range: Range<u64>,
+        access: Access,
+        populate: bool,
+    ) -> Result<Self> {
+        fault::install()?;
+        let geometry = backend.geometry();
+        let (align, length) = (geometry.alignment.get(), range.end - range.start);
+        // A device accepts a misaligned offset and maps something else: it is refused here.
+        if !range.start.is_multiple_of(align) || !length.is_multiple_of(align) || length == 0 {
+            return Err(Error::OutOfRange {
+                start: range.start,
+                end: range.end,
+                length: geometry.length,
+                why: "a mapping begins and ends at a multiple of the alignment",
+            });
+        }
+        within(&range, geometry.length.get())?;
+        let too_long = |_| Error::OutOfRange {
+            start: range.start,
+            end: range.end,
+            length: geometry.length,
+            why: "it is longer than an address space",
+        };
+        let mut options = MmapOptions::new();
+        options
+            .offset(range.start)
+            .len(usize::try_from(length).map_err(too_long)?);
+        if populate {
+            options.populate();
+        }
+        let map = match access {
+            Access::Read => options.map_raw_read_only(&fd),
+            Access::Write => options.map_raw(&fd),
+        };
+        let map = map.map_err(|why| backend.map_error(length, why))?;
+        let persistent = geometry.persistence == Persistence::Power;
+        let software = geometry.coherence == Coherence::Software;
+        Ok(Self {
+            map,
+            access,
+            offset: range.start,
+            write_back: persistent || software,
+            invalidate: software,
+            sync: geometry.persistence == Persistence::Synced,
+            backend,
+        })
+    }
+
+    fn at(&self, range: &Range<u64>) -> Result<*mut u8> {
+        within(range, self.map.len() as u64)?;
+        Ok(self.map.as_mut_ptr().wrapping_add(range.start as usize))
+    }
+
+    fn fault(&self, fault: fault::Fault) -> Error {
+        let (fault::Fault::Gone { address } | fault::Fault::Poison { address }) = fault;
+        let into = address.wrapping_sub(self.map.as_ptr().addr()) as u64;
+        let offset = self.offset.wrapping_add(into);
+        let place = self.backend.place();
+        match fault {
+            fault::Fault::Gone { .. } => Error::Removed { place, offset },
+            fault::Fault::Poison { .. } => Error::Poisoned { place, offset },
+        }
+    }
+}
+
+impl Medium for Memory {
+    fn base(&self) -> NonNull<u8> {
+        NonNull::new(self.map.as_mut_ptr()).unwrap_or(NonNull::dangling())
+    }
+
+    fn length(&self) -> u64 {
+        self.map.len() as u64
+    }
+
+    fn load(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let from = self.at(&(offset..offset.saturating_add(into.len() as u64)))?;
+        // SAFETY: `at` has checked the range against the mapping, which lives as long as `self`; the
+        // other side is a slice of ours. `map` has installed the handler.
+        unsafe { fault::copy(into.as_mut_ptr(), from, into.len()) }.map_err(|why| self.fault(why))
+    }
+
+    fn store(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let to = self.at(&(offset..offset.saturating_add(bytes.len() as u64)))?;
+        if self.access == Access::Read {
+            return Err(Error::ReadOnly { what: "write" });
+        }
+        // SAFETY: as in `load`, and the mapping is writable.
+        unsafe { fault::copy(to, bytes.as_ptr(), bytes.len()) }.map_err(|why| self.fault(why))
+    }
+
+    fn write_back(&self, range: Range<u64>, _: Step) -> Result<()> {
+        let start = self.at(&range)?;
+        let length = (range.end - range.start) as usize;
+        if self.write_back {
+            // SAFETY: `at` has checked the range against the mapping.
+            unsafe { arch::write_back(start, length) };
+        }
+        if self.sync {
+            self.map
+                .flush_range(range.start as usize, length)
+                .map_err(Error::io("write back", self.backend.place()))?;
+        }
+        Ok(())
+    }
+
+    fn invalidate(&self, range: Range<u64>, _: Step) -> Result<()> {
+        let start = self.at(&range)?;
+        if self.invalidate {
+            // SAFETY: `at` has checked the range against the mapping.
+            unsafe { arch::invalidate(start, (range.end - range.start) as usize) };
+        }
+        Ok(())
+    }
+}

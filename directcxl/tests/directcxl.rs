@@ -1,0 +1,158 @@
+//! The command-line tool, as a user runs it; and a namespace mapped by another language.
+#![cfg(feature = "cli")]
+#![allow(
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    reason = "a test says what went wrong by failing"
+)]
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+struct Shell {
+    dir: tempfile::TempDir,
+}
+
+impl Shell {
+    fn new() -> Self {
+        Self {
+            dir: carlsbad_kit::scratch::on_tmpfs().unwrap(),
+        }
+    }
+
+    fn pool(&self) -> PathBuf {
+        self.dir.path().join("pool")
+    }
+
+    /// Runs the tool, which must end with `code`. `POOL` stands for the pool's path.
+    fn run(&self, code: i32, arguments: &str) -> Output {
+        let pool = self.pool().display().to_string();
+        let words = arguments.split(' ').map(|word| match word {
+            "POOL" => pool.as_str(),
+            word => word,
+        });
+        let output = Command::new(env!("CARGO_BIN_EXE_directcxl"))
+            .args(words)
+            .output()
+            .unwrap();
+        assert_eq!(
+            output.status.code(),
+            Some(code),
+            "directcxl {arguments}\n{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        output
+    }
+
+    fn json(&self, arguments: &str) -> Value {
+        serde_json::from_slice(&self.run(0, &format!("--json {arguments}")).stdout).unwrap()
+    }
+
+    fn error(&self, code: i32, arguments: &str) -> String {
+        let output = self.run(code, &format!("--json {arguments}"));
+        let error: Value = serde_json::from_slice(&output.stderr).unwrap();
+        assert!(!error["error"].as_str().unwrap().is_empty());
+        error["kind"].as_str().unwrap().to_owned()
+    }
+}
+
+#[test]
+fn a_pool_from_format_to_remove() {
+    let shell = Shell::new();
+    let made = shell.json("format POOL --size 32M --hosts 2");
+    assert_eq!(made["length"], 32 << 20);
+    assert_eq!(shell.error(4, "format POOL"), "not_allowed");
+    let created = shell.json("create POOL weights 3M");
+    assert_eq!(created["length"], 4 << 20);
+    shell.run(0, "create POOL index 2M");
+    assert_eq!(shell.error(1, "create POOL index 2M"), "failed");
+    assert_eq!(shell.error(5, "create POOL huge 1G"), "no_room");
+    let list = shell.json("list POOL");
+    assert_eq!(list["namespaces"][0]["name"], "index");
+    assert_eq!(list["namespaces"][1]["generation"], created["generation"]);
+    let text = String::from_utf8(shell.run(0, "list POOL").stdout).unwrap();
+    assert!(text.contains("weights") && text.contains("4 MiB"), "{text}");
+    assert_eq!(shell.json("resize POOL weights 2M")["length"], 2 << 20);
+    assert_eq!(shell.json("remove POOL weights")["quarantined"], 0);
+    assert_eq!(shell.error(3, "remove POOL weights"), "no_such_thing");
+    assert_eq!(shell.error(4, "--host 1 create POOL x 2M"), "not_allowed");
+    shell.run(0, "--host 1 --epoch 2 create POOL x 2M");
+    assert_eq!(shell.json("list POOL")["writer"], 1);
+    assert_eq!(shell.json("--host 1 evict POOL 0")["evicted"], 0);
+    assert_eq!(shell.json("check POOL")["ok"], true);
+    assert_eq!(shell.error(3, "list /nowhere"), "no_such_thing");
+    assert_eq!(shell.error(2, "list"), "bad_usage");
+}
+
+#[test]
+fn a_damaged_copy_is_shown_and_mended() {
+    let shell = Shell::new();
+    shell.run(0, "format POOL --size 16M");
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(shell.pool())
+        .unwrap();
+    file.write_all_at(&[0xff; 16], 4096 + 40).unwrap();
+    let output = shell.run(7, "--json check POOL");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["problems"][0]["can_be_mended"], true);
+    assert_eq!(shell.json("check POOL --repair")["mended"], 1);
+    assert_eq!(shell.json("check POOL")["ok"], true);
+}
+
+#[test]
+fn a_machine_without_cxl_is_told_what_it_can_do() {
+    let shell = Shell::new();
+    let empty = shell.dir.path().display().to_string();
+    let text = String::from_utf8(shell.run(0, &format!("scan --sysfs {empty}")).stdout).unwrap();
+    assert!(text.contains("directcxl format"), "{text}");
+    assert_eq!(
+        shell.json(&format!("scan --sysfs {empty}"))["memdevs"],
+        Value::Array(vec![])
+    );
+    assert_eq!(
+        shell.error(6, &format!("plan --sysfs {empty}")),
+        "unavailable"
+    );
+    assert_eq!(
+        shell.error(6, &format!("destroy region0 --sysfs {empty}")),
+        "unavailable"
+    );
+}
+
+/// The mapping is an ordinary one: Python's own mmap module reads and writes it.
+#[test]
+fn a_stock_python_maps_a_namespace() {
+    if Command::new("python3").arg("--version").output().is_err() {
+        eprintln!("SKIPPED python3: apt install python3");
+        return;
+    }
+    let shell = Shell::new();
+    shell.run(0, "format POOL --size 16M");
+    let made = shell.json("create POOL a 2M");
+    let script = "
+import mmap, sys
+offset, length = int(sys.argv[2]), int(sys.argv[3])
+with open(sys.argv[1], 'r+b') as f:
+    m = mmap.mmap(f.fileno(), length, offset=offset)
+    assert m[:8] == bytes(8)
+    m[100:105] = b'hello'
+";
+    let status = Command::new("python3")
+        .args(["-c", script])
+        .arg(shell.pool())
+        .args([made["offset"].to_string(), made["length"].to_string()])
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let file = directcxl::FileHdm::open_read_only(shell.pool()).unwrap();
+    let pool = directcxl::Pool::open(file, directcxl::Role::Reader).unwrap();
+    let mut bytes = [0; 5];
+    pool.attach("a").unwrap().read(100, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"hello");
+}
