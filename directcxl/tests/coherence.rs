@@ -136,7 +136,7 @@ fn suite(without: Option<Step>) {
     heap_at.publish(0..MIB2.get()).unwrap();
     let one = open(&world, 1, Role::Writer(Epoch(2)));
     survives(&world, |pool| {
-        assert_eq!(pool.info().unwrap().writer, HostId(1))
+        assert_eq!(pool.info().unwrap().writer, HostId(1));
     });
     assert!(matches!(zero.remove("a"), Err(Error::Fenced { .. })));
     assert_eq!(zero.list().unwrap().len(), 2);

@@ -113,10 +113,9 @@ fn write_one(root: &Path, write: &Write, region: &str) -> io::Result<()> {
     let to = root.join(write.to.replace("{region}", region));
     // Never created: where the attribute is missing, the kernel does not offer it.
     let mut file = fs::OpenOptions::new().write(true).open(to)?;
-    io::Write::write_all(
-        &mut file,
-        write.value.replace("{region}", region).as_bytes(),
-    )
+    // In one piece, and with a line end, without which some attributes refuse it.
+    let line = write.value.replace("{region}", region) + "\n";
+    io::Write::write_all(&mut file, line.as_bytes())
 }
 
 /// Undoes as much as there is.
