@@ -252,11 +252,15 @@ impl Log {
             let same = (record.host, record.turn, record.epoch)
                 == (known.host, known.turn, known.epoch)
                 && record.first_sequence == known.first_sequence;
+            let before = state.position;
             let read = if same {
                 self.advance(state, 1)
             } else {
                 self.replay(record).map(|new| *state = new)
             };
+            if same && state.position == before && read.is_ok() {
+                return read;
+            }
             // What was read while a writer began another arena, and then one over it, is nothing.
             let now = self.current()?;
             if (now.host, now.turn, now.epoch) == (record.host, record.turn, record.epoch) {
@@ -294,13 +298,13 @@ impl Log {
                 for later in index + 1..end {
                     hidden = hidden || self.read(&state.record, later)?.is_some();
                 }
+                if !hidden {
+                    return Ok(());
+                }
                 // It may have been written while those behind it were looked at.
                 read = self.read(&state.record, index)?;
                 if read.is_none() {
-                    if hidden {
-                        return Err(self.corrupt(format!("entry {index} of the log")));
-                    }
-                    return Ok(());
+                    return Err(self.corrupt(format!("entry {index} of the log")));
                 }
             }
             if let Some(Read { entry, damaged }) = read {
@@ -315,6 +319,14 @@ impl Log {
             }
         }
         Ok(())
+    }
+
+    /// Whether a record ends the right of `host` to write with `epoch`. `now` is what was just read.
+    pub(crate) fn fence_after(&self, now: &State, host: u16, epoch: Epoch) -> Result<()> {
+        if self.superblock.hosts == 1 && now.record.host == host && now.record.epoch == epoch.0 {
+            return Ok(());
+        }
+        self.fence(host, epoch)
     }
 
     /// Whether a record ends the right of `host` to write with `epoch`.

@@ -515,7 +515,7 @@ impl Shared {
         let mut state = locked(&self.state);
         let _lock = self.lock_append()?;
         self.log.refresh(&mut state)?;
-        self.log.fence(self.host.0, epoch)?;
+        self.log.fence_after(&state, self.host.0, epoch)?;
         let done = work(&mut Writer {
             shared: self,
             state: &mut state,

@@ -96,11 +96,12 @@ const PORTS: &str = "-device pxb-cxl,bus_nr=12,bus=pcie.0,id=cxl.1 \
                      -device cxl-rp,port=0,bus=cxl.1,id=rp0,chassis=0,slot=2 \
                      -device cxl-rp,port=1,bus=cxl.1,id=rp1,chassis=0,slot=3";
 
+/// With a serial number: without one the cookie of the set is 0, and labels are not found again.
 fn pmem([memory, label]: &[PathBuf; 2]) -> Vec<String> {
     words(&format!(
         "-object memory-backend-file,id=mem0,share=on,mem-path={},size=256M \
          -object memory-backend-file,id=lsa0,share=on,mem-path={},size=1M {PORTS} \
-         -device cxl-type3,bus=rp0,memdev=mem0,lsa=lsa0,id=type3",
+         -device cxl-type3,bus=rp0,memdev=mem0,lsa=lsa0,id=type3,sn=0x1",
         memory.display(),
         label.display()
     ))
