@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -413,17 +413,16 @@ impl Machine {
         let control = self.control.as_ref().context("no control socket")?;
         let mut monitor = UnixStream::connect(control)?;
         monitor.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let mut answers = BufReader::new(monitor.try_clone()?).lines();
+        // Its greeting; then an answer to each command, without which the next may be lost.
+        answers.next().context("no greeting")??;
         for command in [
             r#"{"execute":"qmp_capabilities"}"#,
             r#"{"execute":"device_del","arguments":{"id":"type3"}}"#,
         ] {
             writeln!(monitor, "{command}")?;
-            let mut answer = [0; 4096];
-            let length = monitor.read(&mut answer)?;
-            println!(
-                "    qmp: {}",
-                String::from_utf8_lossy(&answer[..length]).trim()
-            );
+            let answer = answers.next().context("no answer")??;
+            ensure!(answer.contains("return"), "{command}: {answer}");
         }
         Ok(())
     }
