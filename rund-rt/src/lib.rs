@@ -1,0 +1,12 @@
+//! Hundreds of secure sandboxes a second, thousands on a machine.
+
+mod backend;
+mod error;
+mod sandbox;
+
+pub use backend::{
+    Backend, Capabilities, CloneSpec, Exit, Instance, Isolation, Kill, KillHandle, Limits, Output,
+    Reuse, SavedState, SnapshotPoint, Stats, Status, Stdin, Template, TemplateSpec,
+};
+pub use error::{Error, Result};
+pub use sandbox::Sandbox;
