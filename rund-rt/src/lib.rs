@@ -1,6 +1,7 @@
 //! Hundreds of secure sandboxes a second, thousands on a machine.
 
 mod backend;
+pub mod cgroup;
 mod error;
 mod sandbox;
 
