@@ -3,6 +3,7 @@
 mod backend;
 pub mod cgroup;
 mod error;
+pub mod rootfs;
 mod sandbox;
 
 pub use backend::{
