@@ -18,6 +18,11 @@ use crate::error::{Error, Result};
 const SLOW_REMOVAL: Duration = Duration::from_secs(5);
 /// How often a group whose members are still dying is looked at again.
 const AGAIN: Duration = Duration::from_millis(2);
+/// While leases come closer together than this the worker stands back, so that it does not hold the
+/// kernel's lock over all groups against them; unless few are left.
+const LULL: Duration = Duration::from_millis(5);
+/// The share of the ready groups that is few.
+const FEW: usize = 4;
 /// How often another name is tried where the first is taken.
 const NAMES: usize = 16;
 
@@ -112,6 +117,7 @@ struct State {
     serial: u64,
     leases: u64,
     waited: u64,
+    last_lease: Option<Instant>,
     /// Why no group could be made: the error's number, and on what.
     failure: Option<(PathBuf, i32)>,
     closing: bool,
@@ -316,6 +322,7 @@ impl Shared {
                 state.leases += 1;
                 state.waited += u64::from(waited);
                 state.names.insert(name.clone());
+                state.last_lease = Some(Instant::now());
                 let low = state.ready.len() < self.config.ready;
                 drop(state);
                 if low {
@@ -374,7 +381,11 @@ impl Shared {
             let wanted = state.ready.len() < self.config.ready.max(1)
                 && state.total < self.config.capacity
                 && state.failure.is_none();
-            if wanted {
+            let busy = state.last_lease.is_some_and(|then| then.elapsed() < LULL)
+                && state.ready.len() > self.config.ready / FEW;
+            if busy && (wanted || !state.retired.is_empty()) {
+                state = self.wait(&self.work, state, LULL);
+            } else if wanted {
                 state.total += 1;
                 let serial = state.serial;
                 state.serial += 1;
