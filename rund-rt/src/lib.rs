@@ -3,6 +3,7 @@
 mod backend;
 pub mod cgroup;
 mod error;
+pub mod process;
 pub mod rootfs;
 mod sandbox;
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use carlsbad_types::ByteSize;
 use rustix::fs::{Gid, Mode, OFlags, Uid, fchmod, fchown, fstat, mkdirat, openat};
-use rustix::mount::MountAttrFlags;
+use rustix::mount::{MountAttrFlags, OpenTreeFlags, open_tree};
 
 use super::beneath::remove_tree;
 use super::image::{Format, Image};
@@ -302,6 +302,22 @@ impl Rootfs {
     /// A path by which *this process* reaches the mount.
     pub fn path(&self) -> PathBuf {
         path_of(self.descriptor())
+    }
+
+    /// The same mount once more, to be attached elsewhere. Before Linux 6.15 it is the mount
+    /// itself, which can be attached once.
+    ///
+    /// # Errors
+    /// Where there are no descriptors left.
+    pub fn mount_again(&self) -> Result<OwnedFd> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        let again = match open_tree(self.descriptor(), "", flags) {
+            Ok(again) => Ok(again),
+            Err(_) => rustix::io::fcntl_dupfd_cloexec(self.descriptor(), 0),
+        };
+        again.map_err(Error::mount("mount again", &self.store.point))
     }
 
     /// The image below.
