@@ -2,6 +2,10 @@
 
 mod backend;
 mod error;
+mod init;
+#[cfg(target_arch = "x86_64")]
+mod kvm_elf;
+mod runtime;
 mod sandbox;
 
 pub use backend::{
@@ -9,4 +13,8 @@ pub use backend::{
     Reuse, SavedState, SnapshotPoint, Stats, Status, Stdin, Template, TemplateSpec,
 };
 pub use error::{Error, Result};
+pub use init::init;
+#[cfg(target_arch = "x86_64")]
+pub use kvm_elf::KvmElf;
+pub use runtime::{Runtime, RuntimeBuilder};
 pub use sandbox::Sandbox;
