@@ -96,6 +96,8 @@ pub struct TemplateSpec {
     pub program: PathBuf,
     /// Its initial file system (`qemu` only).
     pub initramfs: Option<PathBuf>,
+    /// The program's path inside the sandbox; the host's where there is none.
+    pub inside: Option<PathBuf>,
     /// Arguments, from `argv[0]` on. Clones of a template saved at its entry may have others.
     pub args: Vec<OsString>,
     /// The environment, as `NAME=value`.
@@ -119,6 +121,7 @@ impl TemplateSpec {
         Self {
             args: vec![program.clone().into_os_string()],
             program,
+            inside: None,
             initramfs: None,
             env: Vec::new(),
             cwd: "/".into(),
@@ -127,6 +130,46 @@ impl TemplateSpec {
             snapshot: SnapshotPoint::default(),
             deadline: Duration::from_secs(60),
         }
+    }
+
+    /// The program's path inside the sandbox.
+    pub fn path_inside(&self) -> &Path {
+        self.inside.as_deref().unwrap_or(&self.program)
+    }
+
+    /// With these arguments, from `argv[0]` on.
+    #[must_use]
+    pub fn args<T: Into<OsString>>(mut self, args: impl IntoIterator<Item = T>) -> Self {
+        self.args = args.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// With this environment, each as `NAME=value`.
+    #[must_use]
+    pub fn env<T: Into<OsString>>(mut self, env: impl IntoIterator<Item = T>) -> Self {
+        self.env = env.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// With this directory as `/`.
+    #[must_use]
+    pub fn root(mut self, root: impl Into<PathBuf>) -> Self {
+        self.root = Some(root.into());
+        self
+    }
+
+    /// With so much memory at most.
+    #[must_use]
+    pub fn memory(mut self, memory: ByteSize) -> Self {
+        self.memory = memory;
+        self
+    }
+
+    /// Saved at this point.
+    #[must_use]
+    pub fn snapshot(mut self, point: SnapshotPoint) -> Self {
+        self.snapshot = point;
+        self
     }
 }
 
@@ -229,6 +272,9 @@ pub struct CloneSpec {
     pub limits: Limits,
     /// What becomes of its machine.
     pub reuse: Reuse,
+    /// Whether all of the machine is compared with the template after the reset. It reads every
+    /// page: for tests.
+    pub verify_reset: bool,
 }
 
 impl CloneSpec {
@@ -276,6 +322,12 @@ impl CloneSpec {
     #[must_use]
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
+        self
+    }
+    /// With a comparison of the whole machine after the reset.
+    #[must_use]
+    pub fn verify_reset(mut self) -> Self {
+        self.verify_reset = true;
         self
     }
     /// With a machine that is set back afterwards, or a new one.
@@ -497,6 +549,11 @@ pub trait Instance: Send + Sync + fmt::Debug {
     fn take_stdout(&self) -> Option<File>;
     /// The other end of a piped standard error, once.
     fn take_stderr(&self) -> Option<File>;
+    /// After the end of a clone that asked for it: what of its machine differs from the template
+    /// after the reset. `None` where it was not reset.
+    fn reset_differences(&self) -> Option<Vec<String>> {
+        None
+    }
 }
 
 /// Something that makes templates and clones them.
@@ -513,11 +570,18 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// # Errors
     /// Where the program cannot be run, or does not get there.
     fn build_template(&self, spec: &TemplateSpec) -> Result<Template>;
-    /// Reads a template that [`Template::save`] wrote.
+    /// Reads a template that [`Template::save`] wrote. Its clones see `root` as `/`.
     ///
     /// # Errors
     /// [`BadTemplate`](crate::Error::BadTemplate) where it is damaged or was made elsewhere.
-    fn load_template(&self, path: &Path) -> Result<Template>;
+    fn load_template(&self, path: &Path, root: Option<&Path>) -> Result<Template>;
+    /// Makes clones ahead, so that so many starts find one waiting.
+    ///
+    /// # Errors
+    /// Where one cannot be made.
+    fn prewarm(&self, _template: &Template, _clones: usize) -> Result<()> {
+        Ok(())
+    }
     /// Starts a clone. It runs when this returns, or is about to.
     ///
     /// # Errors

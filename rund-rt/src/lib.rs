@@ -3,8 +3,12 @@
 mod backend;
 pub mod cgroup;
 mod error;
-pub mod process;
+mod init;
+#[cfg(target_arch = "x86_64")]
+mod kvm_elf;
+mod process;
 pub mod rootfs;
+mod runtime;
 mod sandbox;
 
 pub use backend::{
@@ -12,4 +16,9 @@ pub use backend::{
     Reuse, SavedState, SnapshotPoint, Stats, Status, Stdin, Template, TemplateSpec,
 };
 pub use error::{Error, Result};
+pub use init::init;
+#[cfg(target_arch = "x86_64")]
+pub use kvm_elf::KvmElf;
+pub use process::ProcessBackend;
+pub use runtime::{Runtime, RuntimeBuilder};
 pub use sandbox::Sandbox;

@@ -5,22 +5,24 @@ use std::time::Duration;
 
 use crate::backend::{Exit, Instance, KillHandle, Stats};
 use crate::error::Result;
+use crate::runtime::Name;
 
 /// A running clone of a template. It is killed when the handle goes away.
 #[derive(Debug)]
 pub struct Sandbox {
-    id: String,
+    // In this order: its name is free when it is gone.
     instance: Box<dyn Instance>,
+    name: Name,
 }
 
 impl Sandbox {
-    pub(crate) fn new(id: String, instance: Box<dyn Instance>) -> Self {
-        Self { id, instance }
+    pub(crate) fn new(name: Name, instance: Box<dyn Instance>) -> Self {
+        Self { instance, name }
     }
 
     /// Its name.
     pub fn id(&self) -> &str {
-        &self.id
+        &self.name.id
     }
 
     /// Waits for its end, or until `deadline` is over. After the end it gives the same answer
@@ -80,5 +82,12 @@ impl Sandbox {
     /// The other end of a piped standard error, once.
     pub fn take_stderr(&self) -> Option<File> {
         self.instance.take_stderr()
+    }
+
+    /// After the end of a clone that asked for it ([`CloneSpec::verify_reset`](crate::CloneSpec)):
+    /// what of its machine differs from the template after the reset. `None` where it was not
+    /// reset.
+    pub fn reset_differences(&self) -> Option<Vec<String>> {
+        self.instance.reset_differences()
     }
 }

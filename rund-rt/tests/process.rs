@@ -13,11 +13,10 @@ use carlsbad_kit::child::{self, Role};
 use carlsbad_kit::scratch;
 use carlsbad_types::ByteSize;
 use rund_rt::cgroup::{CgroupPool, Hierarchy, PoolConfig};
-use rund_rt::process::ProcessBackend;
 use rund_rt::rootfs::{RootfsConfig, RootfsStore, Upper};
 use rund_rt::{
-    Backend, CloneSpec, Error, Exit, Instance, Isolation, Limits, Output, Status, Stdin, Template,
-    TemplateSpec,
+    Backend, CloneSpec, Error, Exit, Instance, Isolation, Limits, Output, ProcessBackend, Status,
+    Stdin, Template, TemplateSpec,
 };
 
 // The test harness' `main` is not ours: helpers are recognised before it.
@@ -25,7 +24,7 @@ use rund_rt::{
 #[unsafe(link_section = ".init_array")]
 static INIT: extern "C" fn() = {
     extern "C" fn init() {
-        rund_rt::process::init();
+        rund_rt::init();
     }
     init
 };
@@ -299,7 +298,7 @@ fn programs_that_cannot_be_run_are_refused() {
     limits.memory = Some(ByteSize::mib(8));
     let refused = backend.clone_from(&template, shell("true").limits(limits));
     assert!(matches!(refused, Err(Error::NoController { .. })));
-    assert!(backend.load_template(&root).is_err());
+    assert!(backend.load_template(&root, None).is_err());
     assert!(template.save(&root.join("x")).is_err());
 }
 

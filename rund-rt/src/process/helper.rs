@@ -26,7 +26,8 @@ use rustix::thread::UnshareFlags;
 
 use super::confine;
 use super::plan::{
-    BEGIN, CAPTURED, CONTINUE, DONE, END, ENDED, PLAN, PROGRAM, Plan, READY, ROOT, Root, STATUS, STOP,
+    BEGIN, CAPTURED, CONTINUE, DONE, END, ENDED, PLAN, PROGRAM, Plan, READY, ROOT, Root, STATUS,
+    STOP,
 };
 
 /// A directory that every Linux has, on which the new root lies for a moment.

@@ -3,7 +3,7 @@
 //! all. It is for machines without `/dev/kvm`, and for measuring what a machine costs.
 //!
 //! A template is a parsed specification, the program's open file, and a mounted image; a clone is
-//! one process, started by a helper that is this program again ([`init`]).
+//! one process, started by a helper that is this program again ([`init`](crate::init)).
 
 mod confine;
 mod helper;
@@ -16,9 +16,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use carlsbad_types::ByteSize;
@@ -45,15 +44,11 @@ const HOST_NAME: usize = 64;
 /// How long a helper may take to build a sandbox.
 const START: Duration = Duration::from_secs(30);
 
-static INITIALISED: AtomicBool = AtomicBool::new(false);
-
-/// In a process that was started as a helper: is the helper, and does not return. In any other:
-/// allows helpers to be started. Belongs at the very beginning of `main`, before any thread.
-pub fn init() {
+/// Where this process was started as this backend's helper, is the helper and does not return.
+pub(crate) fn helper_or_return() {
     if std::env::args_os().next().is_some_and(|name| name == NAME) {
         helper::main();
     }
-    INITIALISED.store(true, Ordering::Relaxed);
 }
 
 /// Sandboxes that are processes: [`Isolation::ProcessOnly`].
@@ -66,12 +61,20 @@ pub fn init() {
 pub struct ProcessBackend {
     rootfs: Option<RootfsStore>,
     cgroups: Option<Arc<CgroupPool>>,
+    helper: Option<PathBuf>,
 }
 
 impl ProcessBackend {
     /// Without split roots and control groups.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// With helper processes that are `program`, whose `main` calls [`init`](crate::init).
+    #[must_use]
+    pub fn helper(mut self, program: impl Into<PathBuf>) -> Self {
+        self.helper = Some(program.into());
+        self
     }
 
     /// With root file systems split by `store`.
@@ -162,7 +165,7 @@ impl Backend for ProcessBackend {
         })))
     }
 
-    fn load_template(&self, path: &Path) -> Result<Template> {
+    fn load_template(&self, path: &Path, _root: Option<&Path>) -> Result<Template> {
         Err(Error::BadTemplate {
             path: path.to_owned(),
             why: format!("backend {BACKEND} keeps no templates on disk"),
@@ -171,9 +174,7 @@ impl Backend for ProcessBackend {
 
     fn clone_from(&self, template: &Template, spec: CloneSpec) -> Result<Box<dyn Instance>> {
         let asked = Instant::now();
-        if !INITIALISED.load(Ordering::Relaxed) {
-            return Err(Error::NotInitialised);
-        }
+        let helper = crate::init::program(self.helper.as_deref())?;
         let Some(prepared) = template.state::<Prepared>() else {
             return Err(Error::ForeignTemplate {
                 built_by: template.backend(),
@@ -205,7 +206,15 @@ impl Backend for ProcessBackend {
             user: user(),
         };
         let mut stdio = Stdio::new(spec, &pipes)?;
-        let mut ready = start(&plan, prepared, &place, &pipes, &stdio, lease.as_ref())?;
+        let mut ready = start(
+            &helper,
+            &plan,
+            prepared,
+            &place,
+            &pipes,
+            &stdio,
+            lease.as_ref(),
+        )?;
         let mut process = Process::new(
             ready.started,
             ready.status,
@@ -437,6 +446,7 @@ struct Ready {
 }
 
 fn start(
+    helper: &Path,
     plan: &Plan,
     prepared: &Prepared,
     place: &Place,
@@ -472,13 +482,27 @@ fn start(
         captured(1),
     ];
     let group = lease.and_then(CgroupLease::descriptor);
-    let name = CString::new(NAME).map_err(|_| failed()(io::ErrorKind::InvalidInput.into()))?;
+    let text = |bytes: &[u8]| {
+        CString::new(bytes).map_err(|_| failed()(io::ErrorKind::InvalidInput.into()))
+    };
+    let (program, name) = (text(helper.as_os_str().as_bytes())?, text(NAME.as_bytes())?);
     let contained = plan.user.is_none();
-    let started = spawn::start_again(&name, &descriptors, contained, group).map_err(failed())?;
-    if let (Some(lease), None) = (lease, group) {
-        lease.add(started.pid.as_raw_nonzero().get().unsigned_abs())?;
+    let started = spawn::start_again(&program, &name, &descriptors, contained, group);
+    let started = started.map_err(failed())?;
+    let joined = match (lease, group) {
+        (Some(lease), None) => lease.add(started.pid.as_raw_nonzero().get().unsigned_abs()),
+        _ => Ok(()),
+    };
+    // Where this fails the helper sees the socket's end, and ends.
+    let begun = joined.and_then(|()| {
+        let written = nix::unistd::write(&status, &[BEGIN]);
+        written.map_err(|why| failed()(why.into()))
+    });
+    if let Err(why) = begun {
+        drop(status);
+        started.reap();
+        return Err(why);
     }
-    nix::unistd::write(&status, &[BEGIN]).map_err(|why| failed()(why.into()))?;
     Ok(Ready {
         started,
         pipe: ready.into(),

@@ -4,7 +4,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::process::Pid;
 
@@ -44,9 +44,10 @@ pub(super) struct Started {
     pub(super) process: OwnedFd,
 }
 
-/// Starts this program again, as `name`, with `descriptors` under the numbers from 0 on, in
+/// Starts `program`, which is this one again or stands in for it, as `name`, with `descriptors` under the numbers from 0 on, in
 /// namespaces of its own (`contained`), in the control group `cgroup`.
 pub(super) fn start_again(
+    program: &CStr,
     name: &CStr,
     descriptors: &[BorrowedFd<'_>],
     contained: bool,
@@ -92,13 +93,7 @@ pub(super) fn start_again(
                 }
             }
             // SAFETY: async-signal-safe; the lists end with null and were made by the parent.
-            unsafe {
-                libc::execve(
-                    c"/proc/self/exe".as_ptr(),
-                    arguments.as_ptr(),
-                    environment.as_ptr(),
-                )
-            };
+            unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
             // SAFETY: as above.
             unsafe { libc::_exit(127) }
         }
@@ -111,5 +106,15 @@ pub(super) fn start_again(
             process: unsafe { OwnedFd::from_raw_fd(pidfd) },
         }),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl Started {
+    /// Ends it, and waits for its end.
+    pub(super) fn reap(&self) {
+        use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
+
+        let _gone = pidfd_send_signal(&self.process, Signal::KILL);
+        let _reaped = waitid(WaitId::PidFd(self.process.as_fd()), WaitIdOptions::EXITED);
     }
 }
