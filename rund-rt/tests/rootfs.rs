@@ -183,7 +183,7 @@ fn tar(path: &Path, entries: &[Entry<'_>]) {
         // By hand: the library refuses to write `..`.
         header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
         header.set_entry_type(*kind);
-        header.set_mode(0o644);
+        header.set_mode(0o755);
         header.set_mtime(0);
         header.set_uid(0);
         header.set_gid(0);

@@ -115,6 +115,7 @@ pub(super) fn seccomp() -> Result<BpfProgram, String> {
     rules.insert(libc::SYS_clone, vec![no_namespaces.map_err(failed)?]);
     // Typing into the terminal of whoever started us is no business of a sandbox; 32 bits, since
     // the kernel looks at no more.
+    #[allow(clippy::unnecessary_cast, reason = "a c_int with musl")]
     let types = [libc::TIOCSTI, libc::TIOCLINUX].map(|request| {
         SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, request as u64)
     });

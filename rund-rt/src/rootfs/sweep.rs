@@ -51,12 +51,17 @@ pub fn sweep(run_dir: &Path) -> Result<SweptMounts> {
 /// Takes down and removes an owner's directory.
 pub(super) fn remove(folder: &Path) -> Result<()> {
     let point = folder.join(POINT);
-    take_down(&point).map_err(Error::mount("unmount", &point))?;
+    // Without the right to unmount there may be nothing mounted: a directory that can be removed says
+    // so.
+    let down = take_down(&point);
     for path in [point.as_path(), folder] {
         match std::fs::remove_dir(path) {
             Ok(()) => {}
             Err(why) if why.kind() == io::ErrorKind::NotFound => {}
-            Err(why) => return Err(Error::rootfs("remove", path)(why)),
+            Err(why) => {
+                down.map_err(Error::mount("unmount", &point))?;
+                return Err(Error::rootfs("remove", path)(why));
+            }
         }
     }
     Ok(())
