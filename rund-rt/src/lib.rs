@@ -6,6 +6,7 @@ mod error;
 mod init;
 #[cfg(target_arch = "x86_64")]
 mod kvm_elf;
+pub mod oci;
 mod process;
 pub mod rootfs;
 mod runtime;
