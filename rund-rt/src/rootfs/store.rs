@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use carlsbad_types::ByteSize;
 use rustix::fs::{Gid, Mode, OFlags, Uid, fchmod, fchown, fstat, mkdirat, openat};
@@ -79,16 +79,33 @@ struct Inner {
     tmpfs: OwnedFd,
     upper: Upper,
     serial: AtomicU64,
-    lowers: Mutex<HashMap<Image, Arc<OwnedFd>>>,
+    lowers: Mutex<HashMap<Image, Weak<Mounted>>>,
     /// Says that the owner lives.
     _lock: File,
 }
 
-/// An image that is mounted.
+/// An image that is mounted, as long as somebody holds it: a [`Rootfs`] over it does.
 #[derive(Debug, Clone)]
 pub struct Lower {
     image: Image,
-    root: Arc<OwnedFd>,
+    mounted: Arc<Mounted>,
+}
+
+#[derive(Debug)]
+struct Mounted {
+    root: OwnedFd,
+    /// Where it is attached; nothing for a directory.
+    point: Option<PathBuf>,
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Some(point) = &self.point {
+            // The store's end may have come first, and taken it along.
+            let _gone = take_down(point);
+            let _gone = std::fs::remove_dir(point);
+        }
+    }
 }
 
 impl Lower {
@@ -99,7 +116,7 @@ impl Lower {
 
     /// Its root, read-only.
     pub fn descriptor(&self) -> BorrowedFd<'_> {
-        self.root.as_fd()
+        self.mounted.root.as_fd()
     }
 }
 
@@ -144,17 +161,18 @@ impl RootfsStore {
     pub fn lower(&self, image: &Image) -> Result<Lower> {
         let lowers = &self.inner.lowers;
         let mut lowers = lowers.lock().unwrap_or_else(PoisonError::into_inner);
-        let root = match lowers.get(image) {
-            Some(root) => Arc::clone(root),
-            None => {
-                let root = Arc::new(self.inner.mount_image(image, lowers.len())?);
-                lowers.insert(image.clone(), Arc::clone(&root));
-                root
-            }
-        };
+        if let Some(mounted) = lowers.get(image).and_then(Weak::upgrade) {
+            return Ok(Lower {
+                image: image.clone(),
+                mounted,
+            });
+        }
+        lowers.retain(|_, mounted| mounted.strong_count() > 0);
+        let mounted = Arc::new(self.inner.mount_image(image)?);
+        lowers.insert(image.clone(), Arc::downgrade(&mounted));
         Ok(Lower {
             image: image.clone(),
-            root,
+            mounted,
         })
     }
 
@@ -215,16 +233,23 @@ impl Inner {
         })
     }
 
-    fn mount_image(&self, image: &Image, number: usize) -> Result<OwnedFd> {
+    fn mount_image(&self, image: &Image) -> Result<Mounted> {
         let path = image.path();
         if image.format() == Format::Directory {
-            return open_directory(path).map_err(Error::mount("open", path));
+            return Ok(Mounted {
+                root: open_directory(path).map_err(Error::mount("open", path))?,
+                point: None,
+            });
         }
-        let point = self.point.join(format!("image-{number}"));
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
+        let point = self.point.join(format!("image-{serial}"));
         std::fs::create_dir_all(&point).map_err(Error::rootfs("make", &point))?;
         let mount = mount_file(image)?;
         attach(mount.as_fd(), &point).map_err(Error::mount("mount", path))?;
-        open_directory(&point).map_err(Error::mount("open", &point))
+        Ok(Mounted {
+            root: open_directory(&point).map_err(Error::mount("open", &point))?,
+            point: Some(point),
+        })
     }
 
     /// Makes the writable layer and lays it over the image.
@@ -242,13 +267,13 @@ impl Inner {
             mkdirat(&folder, name, Mode::from_raw_mode(0o755)).map_err(failed("make"))?;
         }
         // The writable layer's root is what the sandbox sees of the root's owner and mode.
-        let root = fstat(&lower.root).map_err(failed("stat the image for"))?;
+        let root = fstat(lower.descriptor()).map_err(failed("stat the image for"))?;
         let top = openat(&folder, "upper", DIRECTORY, Mode::empty()).map_err(failed("open"))?;
         let (uid, gid) = (Uid::from_raw(root.st_uid), Gid::from_raw(root.st_gid));
         fchown(&top, Some(uid), Some(gid)).map_err(failed("chown"))?;
         fchmod(&top, Mode::from_raw_mode(root.st_mode & 0o7777)).map_err(failed("chmod"))?;
 
-        let at = |descriptor: &OwnedFd, name: &str| {
+        let at = |descriptor: BorrowedFd<'_>, name: &str| {
             let path = path_of(descriptor).join(name);
             path.to_string_lossy().into_owned()
         };
@@ -256,9 +281,9 @@ impl Inner {
             "overlay",
             &[
                 ("source", "rund-rt"),
-                ("lowerdir", &at(&lower.root, "")),
-                ("upperdir", &at(&folder, "upper")),
-                ("workdir", &at(&folder, "work")),
+                ("lowerdir", &at(lower.descriptor(), "")),
+                ("upperdir", &at(folder.as_fd(), "upper")),
+                ("workdir", &at(folder.as_fd(), "work")),
             ],
             // Nothing that a sandbox writes has to reach a disk.
             &["volatile"],
@@ -270,10 +295,6 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.lowers
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
         if let Err(why) = remove(&self.folder) {
             tracing::warn!(%why, "mounts stay behind until the next sweep");
         }
@@ -295,7 +316,7 @@ impl Rootfs {
         match &self.mount {
             Some(mount) => mount.as_fd(),
             // Only while `split_with` makes it, which hands out no reference.
-            None => self.lower.root.as_fd(),
+            None => self.lower.descriptor(),
         }
     }
 
