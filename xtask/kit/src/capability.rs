@@ -46,6 +46,8 @@ pub enum Capability {
     Kvm,
     /// A QEMU that emulates x86-64.
     Qemu,
+    /// containerd, `ctr` and runc.
+    Containerd,
     /// A CUDA driver with a device.
     Cuda,
     /// A writable control group hierarchy.
@@ -62,7 +64,7 @@ use Capability as C;
 
 impl Capability {
     /// Every capability, in the order in which `cargo xtask doctor` lists them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         C::Root,
         C::Namespaces,
         C::SharedMemory,
@@ -72,6 +74,7 @@ impl Capability {
         C::ControlGroups,
         C::Kvm,
         C::Qemu,
+        C::Containerd,
         C::Cuda,
         C::OnnxRuntime,
         C::Torch,
@@ -89,6 +92,7 @@ impl Capability {
             C::Ksm => "ksm",
             C::Kvm => "kvm",
             C::Qemu => "qemu",
+            C::Containerd => "containerd",
             C::Cuda => "cuda",
             C::ControlGroups => "cgroups",
             C::OnnxRuntime => "onnxruntime",
@@ -113,6 +117,7 @@ impl Capability {
             C::Ksm => "run as root on a kernel with CONFIG_KSM",
             C::Kvm => "load the kvm module and join the group of /dev/kvm",
             C::Qemu => "apt install qemu-system-x86",
+            C::Containerd => "apt install containerd runc",
             C::Cuda => "an NVIDIA GPU with its driver",
             C::ControlGroups => "run as root with /sys/fs/cgroup mounted writable",
             C::OnnxRuntime | C::Torch => "cargo xtask peers --install",
@@ -214,6 +219,10 @@ impl Capability {
             C::Ksm => writable("/sys/kernel/mm/ksm/run"),
             C::Kvm => writable("/dev/kvm"),
             C::Qemu => runs("qemu-system-x86_64", &["--version"]),
+            C::Containerd => match (runs("ctr", &["--version"]), runs("runc", &["--version"])) {
+                (State::Present(_), State::Present(_)) => runs("containerd", &["--version"]),
+                (State::Missing(why), _) | (_, State::Missing(why)) => State::Missing(why),
+            },
             C::Cuda => cuda(),
             C::ControlGroups => control_groups(),
             C::OnnxRuntime | C::Torch => match self.import().and_then(python_with) {
