@@ -21,12 +21,12 @@ use super::calls::{Kernel, Program};
 use super::elf::{LoadPlan, Segment};
 use super::file_layout::pages_with_something;
 use super::guest::{End, Guest, Image};
+use super::interrupt;
 use super::layout::PAGE;
 use super::machine::{Host, Machine, Stop};
 use super::memory::Extent;
 use super::shim::{self, Return, data};
 use super::template::{Process, SavedOpen, State};
-use super::watchdog;
 use super::window::Windows;
 use super::wire::{Build, Failure};
 use super::zygote::Surroundings;
@@ -134,8 +134,7 @@ pub fn build(
 ) -> Result<State, Failure> {
     let other = |why: String| Failure::Other(why);
     let bytes = read_all(program).map_err(|why| other(format!("the program: {why}")))?;
-    let image =
-        Image::new(&bytes, ByteSize::new(build.memory)).map_err(Failure::Program)?;
+    let image = Image::new(&bytes, ByteSize::new(build.memory)).map_err(Failure::Program)?;
     let (memory, root) = image
         .load(&bytes, surroundings.way_back)
         .map_err(Failure::Program)?;
@@ -185,17 +184,20 @@ pub fn build(
         is_child: false,
     };
     let mut registers = None;
-    let mut marks = (guest.image.layout.heap.address, guest.image.layout.mmap.address);
+    let mut marks = (
+        guest.image.layout.heap.address,
+        guest.image.layout.mmap.address,
+    );
     if build.snapshot != SnapshotPoint::Entry {
         guest
             .begin(&build.args, &build.env, &build.program_path)
             .map_err(|why| Failure::Program(why.to_string()))?;
         // Every draw is to come to the host, to be counted.
         guest.memory.set_data(data::CLOCKS, 0);
-        watchdog::install().map_err(|why| other(why.to_string()))?;
-        watchdog::set(Some(build.deadline));
+        interrupt::install().map_err(|why| other(why.to_string()))?;
+        interrupt::set(Some(build.deadline));
         let end = guest.run();
-        watchdog::stop();
+        interrupt::stop();
         if end != End::Snapshot {
             guest.kernel.outputs.flush();
             let words = String::from_utf8_lossy(&said.borrow()).trim().to_owned();

@@ -136,16 +136,15 @@ impl Channel {
         let n = {
             let mut parts = [IoSliceMut::new(&mut self.buffer)];
             let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let message = recvmsg::<()>(
-                self.socket.as_raw_fd(),
-                &mut parts,
-                Some(&mut space),
-                flags,
-            )?;
+            let message =
+                recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
             for part in message.cmsgs()? {
                 if let ControlMessageOwned::ScmRights(raw) = part {
                     // SAFETY: the kernel just gave them to this process.
-                    fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    fds.extend(
+                        raw.into_iter()
+                            .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+                    );
                 }
             }
             message.bytes

@@ -134,7 +134,9 @@ pub fn plan(file: &[u8]) -> Result<LoadPlan, String> {
     let executable =
         |s: &Segment| s.execute && s.address <= entry && entry - s.address < s.len.max(1);
     if !segments.iter().any(executable) {
-        return Err(format!("its entry point {entry:#x} is in no executable segment"));
+        return Err(format!(
+            "its entry point {entry:#x} is in no executable segment"
+        ));
     }
     if headers_at == 0 {
         headers_at = headers_in(&segments, header.e_phoff(endian));
@@ -191,7 +193,10 @@ fn segment(
             "the segment at {address:#x} has more bytes in the file than in memory"
         ));
     }
-    if offset.checked_add(file_len).is_none_or(|end| end > file_size) {
+    if offset
+        .checked_add(file_len)
+        .is_none_or(|end| end > file_size)
+    {
         return Err(format!("the segment at {address:#x} goes beyond the file"));
     }
     if file_len > 0 && offset % PAGE != address % PAGE {

@@ -170,12 +170,7 @@ impl Machine {
     ///
     /// # Errors
     /// What KVM refused.
-    pub fn new(
-        host: &Host,
-        memory: &GuestMemory,
-        root: u64,
-        entry: u64,
-    ) -> Result<Self, Refusal> {
+    pub fn new(host: &Host, memory: &GuestMemory, root: u64, entry: u64) -> Result<Self, Refusal> {
         let vm = loop {
             match host.kvm.create_vm() {
                 // A signal came in between.
@@ -316,7 +311,7 @@ impl Machine {
     /// # Errors
     /// What KVM refused.
     pub fn save(&mut self) -> Result<Registers, Refusal> {
-        let regs = *self.regs();
+        let regs = self.vcpu.get_regs().map_err(refused("read registers"))?;
         let xsave = self.vcpu.get_xsave().map_err(refused("read the vectors"))?;
         let xcrs = self.vcpu.get_xcrs().map_err(refused("read XCR0"))?;
         Ok(Registers {
@@ -360,10 +355,11 @@ impl Machine {
     /// # Errors
     /// What KVM refused.
     pub fn restore(&mut self, saved: &Registers) -> Result<(), Refusal> {
-        let region: [u32; XSAVE_WORDS] = saved.xsave.as_slice().try_into().map_err(|_| Refusal {
-            what: "set vectors of this size",
-            why: Errno::EINVAL,
-        })?;
+        let region: [u32; XSAVE_WORDS] =
+            saved.xsave.as_slice().try_into().map_err(|_| Refusal {
+                what: "set vectors of this size",
+                why: Errno::EINVAL,
+            })?;
         let xsave = kvm_xsave {
             region,
             ..Default::default()

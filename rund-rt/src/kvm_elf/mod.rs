@@ -17,6 +17,7 @@ mod cpu;
 mod elf;
 mod file_layout;
 mod guest;
+mod interrupt;
 mod layout;
 mod machine;
 mod memory;
@@ -28,7 +29,7 @@ mod shim;
 mod stack;
 mod template;
 mod upper;
-mod watchdog;
+
 mod window;
 mod wire;
 mod zygote;
@@ -44,8 +45,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use carlsbad_types::ByteSize;
 
 use crate::backend::{
-    Backend, Capabilities, CloneSpec, Instance, Isolation, Output, SavedState, SnapshotPoint,
-    Stdin, Template, TemplateSpec,
+    Backend, Capabilities, CloneSpec, Instance, Isolation, Output, Reuse, SavedState,
+    SnapshotPoint, Stdin, Template, TemplateSpec,
 };
 use crate::error::{Error, Result};
 
@@ -193,13 +194,15 @@ impl Backend for KvmElf {
             snapshot: spec.snapshot,
             deadline: spec.deadline,
         };
-        let state = zygote.build(build, &program, &file).map_err(|why| match why {
-            Error::BadProgram { why, .. } => Error::BadProgram {
-                program: spec.program.display().to_string(),
-                why,
-            },
-            other => other,
-        })?;
+        let state = zygote
+            .build(build, &program, &file)
+            .map_err(|why| match why {
+                Error::BadProgram { why, .. } => Error::BadProgram {
+                    program: spec.program.display().to_string(),
+                    why,
+                },
+                other => other,
+            })?;
         template::seal(&file).map_err(|why| Error::io("seal", "memfd")(why.into()))?;
         Self::template(zygote, upper, state, file)
     }
@@ -301,8 +304,17 @@ impl Home for Pool {
 impl Kept {
     fn start(&self, prepared: Prepared) -> Result<Box<dyn Instance>> {
         let Prepared { start, fds, pipes } = prepared;
-        let waiting = lock(&self.pool.idle).pop();
-        let monitor = match waiting {
+        let waiting = {
+            let mut idle = lock(&self.pool.idle);
+            match start.reuse {
+                Reuse::Reset => idle.pop(),
+                Reuse::Fresh => {
+                    let unused = idle.iter().position(|monitor| !monitor.has_served);
+                    unused.map(|at| idle.swap_remove(at))
+                }
+            }
+        };
+        let mut monitor = match waiting {
             Some(monitor) => monitor,
             None => lock(&self.pool.zygote).spawn()?,
         };
@@ -395,10 +407,7 @@ impl Prepared {
                 pid: next_pid(),
                 args: spec.args.as_deref().map(all_bytes).transpose()?,
                 env: spec.env.as_deref().map(all_bytes).transpose()?,
-                cwd: spec
-                    .cwd
-                    .map(|cwd| bytes_of(cwd.as_os_str()))
-                    .transpose()?,
+                cwd: spec.cwd.map(|cwd| bytes_of(cwd.as_os_str())).transpose()?,
                 stdin,
                 stdout,
                 stderr,

@@ -15,13 +15,13 @@ use super::calls::table::{HostFile, Open};
 use super::calls::{Kernel, Program};
 use super::channel::{Channel, Lost};
 use super::guest::{End, Guest, Image, fill_random};
+use super::interrupt;
 use super::layout::Layout;
 use super::machine::{Machine, Registers};
 use super::memory::GuestMemory;
 use super::reset;
 use super::shim::{self, Return, data};
 use super::template::{Pages, SavedOpen, State};
-use super::watchdog;
 use super::window::Windows;
 use super::wire::{Destination, Ended, FromMonitor, Input, Start, ToMonitor};
 use super::zygote::Surroundings;
@@ -95,7 +95,7 @@ struct Monitor {
 
 impl Monitor {
     fn new(surroundings: &Surroundings, template: &Rc<Template>) -> Result<Self, String> {
-        watchdog::install().map_err(|why| why.to_string())?;
+        interrupt::install().map_err(|why| why.to_string())?;
         let state = &template.state;
         let way_back = surroundings.way_back;
         if state.processor != surroundings.host.processor()
@@ -156,11 +156,11 @@ impl Monitor {
             self.guest.kernel.layers.delete();
             return false;
         }
-        watchdog::watch(self.guest.machine.immediate_exit());
-        watchdog::set(run_time);
+        interrupt::watch(self.guest.machine.immediate_exit());
+        interrupt::set(run_time);
         let began = Instant::now();
         let end = self.guest.run();
-        watchdog::stop();
+        interrupt::stop();
         let took = began.elapsed();
         if self.guest.is_child {
             end_child(&mut self.guest, end);
@@ -207,7 +207,11 @@ impl Monitor {
         match self.reset() {
             Ok(pages) => {
                 let took = began.elapsed();
-                let differences = if verify { self.differences() } else { Vec::new() };
+                let differences = if verify {
+                    self.differences()
+                } else {
+                    Vec::new()
+                };
                 let reset = FromMonitor::Reset {
                     took,
                     pages,
@@ -294,7 +298,9 @@ impl Monitor {
         guest.exits = 0;
         if at_entry {
             let path = state.program_path.clone();
-            guest.begin(&args, &env, &path).map_err(|why| why.to_string())?;
+            guest
+                .begin(&args, &env, &path)
+                .map_err(|why| why.to_string())?;
             // The vectors and segments are the template's already.
         } else {
             guest.publish();
@@ -321,13 +327,8 @@ impl Monitor {
         let ranges = reset::own_pages(pagemap, &guest.memory)
             .map_err(|why| format!("the page map: {why}"))?;
         let state = &self.template.state;
-        let pages = reset::copy_back(
-            &guest.memory,
-            &ranges,
-            &state.extents,
-            &self.template.pages,
-        )
-        .map_err(|why| format!("the template's pages: {why}"))?;
+        let pages = reset::copy_back(&guest.memory, &ranges, &state.extents, &self.template.pages)
+            .map_err(|why| format!("the template's pages: {why}"))?;
         if guest.way_back == Return::Sysret {
             // The last call's instruction would be skipped when the next clone makes the same.
             guest.machine.complete();

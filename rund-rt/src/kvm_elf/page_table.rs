@@ -77,7 +77,8 @@ impl<M: Words> Tables<'_, M> {
         for level in (last + 1..4).rev() {
             table = self.below(table + index(address, level) * 8)?;
         }
-        self.memory.set_word(table + index(address, last) * 8, entry);
+        self.memory
+            .set_word(table + index(address, last) * 8, entry);
         Ok(())
     }
 

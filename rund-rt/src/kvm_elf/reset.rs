@@ -77,7 +77,9 @@ pub fn own_pages(pagemap: &OwnedFd, memory: &GuestMemory) -> nix::Result<Vec<(u6
         };
         // SAFETY: the structure is what the call expects, and points to an array of its length.
         let n = unsafe { pagemap_scan(pagemap.as_raw_fd(), &raw mut scan) }?;
-        let found = found.get(..usize::try_from(n).unwrap_or(0)).unwrap_or_default();
+        let found = found
+            .get(..usize::try_from(n).unwrap_or(0))
+            .unwrap_or_default();
         ranges.extend(found.iter().map(|f| (f.start - base, f.end - base)));
         if scan.walk_end <= start {
             return Err(Errno::EIO);
@@ -137,9 +139,7 @@ pub fn differences(memory: &GuestMemory, extents: &[Extent], pages: &Pages) -> V
         memory.read_offset(at, &mut page);
         let i = extents.partition_point(|e| e.offset + e.len <= at);
         let expected = match extents.get(i) {
-            Some(e) if e.offset <= at => {
-                pages.at(e.file_offset + (at - e.offset), PAGE as usize)
-            }
+            Some(e) if e.offset <= at => pages.at(e.file_offset + (at - e.offset), PAGE as usize),
             _ => Some(&zeros[..]),
         };
         if expected != Some(&page[..]) {

@@ -116,7 +116,10 @@ pub fn write(
     ];
     pointers.extend(vector.iter().flat_map(|(key, value)| [*key, *value]));
     let pointer = (tail_at - pointers.len() as u64 * 8) & !15;
-    let words: Vec<u8> = pointers.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let words: Vec<u8> = pointers
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
     memory.write(pointer, &words)?;
     memory.write(tail_at, &tail)?;
     Ok((pointer, at(random)))

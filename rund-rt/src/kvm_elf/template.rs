@@ -113,9 +113,8 @@ impl State {
             let aligned = [extent.offset, extent.file_offset, extent.len]
                 .iter()
                 .all(|n| n % PAGE == 0);
-            let inside = |at: u64, most: u64| {
-                at.checked_add(extent.len).is_some_and(|end| end <= most)
-            };
+            let inside =
+                |at: u64, most: u64| at.checked_add(extent.len).is_some_and(|end| end <= most);
             if !aligned
                 || extent.len == 0
                 || extent.offset < end

@@ -13,10 +13,7 @@ use super::template::State;
 pub enum ToZygote {
     /// The first message. Descriptors: the read-only layer, where there is one; the directory for
     /// writable layers, where there is one.
-    Begin {
-        lower: bool,
-        upper: bool,
-    },
+    Begin { lower: bool, upper: bool },
     /// Make a template. Descriptors: the program, an empty file in memory.
     Build(Build),
     /// Clone this template from now on. Descriptor: its pages.

@@ -137,10 +137,7 @@ fn adopt(state: State, file: OwnedFd) -> Result<Template, String> {
 
 /// Does something in a child, which answers the owner itself. The answer here is of a child that
 /// broke off.
-fn in_child(
-    owner: &Channel,
-    work: impl FnOnce() -> Result<State, Failure>,
-) -> Option<FromZygote> {
+fn in_child(owner: &Channel, work: impl FnOnce() -> Result<State, Failure>) -> Option<FromZygote> {
     let zygote = getpid();
     // SAFETY: this process has one thread, so that the child can do whatever it likes.
     match unsafe { fork() } {

@@ -42,7 +42,9 @@ fn dispatch(options: &Options) -> anyhow::Result<ExitCode> {
 fn exit_code(why: &anyhow::Error) -> u8 {
     match why.downcast_ref::<Error>() {
         Some(Error::Unavailable { .. } | Error::TooLittleIsolation { .. }) => 121,
-        Some(Error::BadProgram { .. } | Error::BadTemplate { .. } | Error::NoSnapshot { .. }) => 122,
+        Some(Error::BadProgram { .. } | Error::BadTemplate { .. } | Error::NoSnapshot { .. }) => {
+            122
+        }
         Some(Error::BadSetting { .. } | Error::DuplicateId { .. }) => 123,
         _ => 125,
     }

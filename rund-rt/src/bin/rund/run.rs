@@ -64,7 +64,9 @@ pub(crate) fn run(options: &Options, run: &Run) -> anyhow::Result<ExitCode> {
                 exit.stats.run.as_secs_f64() * 1e3,
                 exit.stats.exits,
                 exit.stats.served_inside,
-                exit.stats.isolation.map_or("none".into(), |i| i.to_string()),
+                exit.stats
+                    .isolation
+                    .map_or("none".into(), |i| i.to_string()),
             )
         };
         output::note(&text);

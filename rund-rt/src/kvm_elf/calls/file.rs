@@ -36,7 +36,9 @@ impl Kernel {
         match &mut *open.borrow_mut() {
             Open::Host(file) => {
                 // SAFETY: `user` has checked `room` bytes.
-                count(unsafe { libc::read(file.fd.as_raw_fd(), place.as_ptr().cast(), room as usize) })
+                count(unsafe {
+                    libc::read(file.fd.as_raw_fd(), place.as_ptr().cast(), room as usize)
+                })
             }
             Open::Directory(_) => Err(Errno::EISDIR),
             Open::Bytes { bytes, at } => {
@@ -177,7 +179,14 @@ impl Kernel {
     }
 
     /// `pwrite64`
-    pub fn pwrite(&mut self, memory: &GuestMemory, fd: u64, from: u64, len: u64, at: u64) -> Answer {
+    pub fn pwrite(
+        &mut self,
+        memory: &GuestMemory,
+        fd: u64,
+        from: u64,
+        len: u64,
+        at: u64,
+    ) -> Answer {
         let open = self.table.get(fd)?;
         let open = open.borrow();
         let Open::Host(file) = &*open else {
@@ -189,7 +198,12 @@ impl Kernel {
         let grown = self.grow(file, at, len)?;
         // SAFETY: `user` has checked `len` bytes.
         let n = unsafe {
-            libc::pwrite(file.fd.as_raw_fd(), place.as_ptr().cast(), len as usize, offset)
+            libc::pwrite(
+                file.fd.as_raw_fd(),
+                place.as_ptr().cast(),
+                len as usize,
+                offset,
+            )
         };
         if n < 0 {
             self.layers.give_back(grown);
@@ -279,7 +293,8 @@ impl Kernel {
                 Open::Host(file) => {
                     let mut n: libc::c_int = 0;
                     // SAFETY: a descriptor of ours, and a number that the call fills.
-                    let asked = unsafe { libc::ioctl(file.fd.as_raw_fd(), libc::FIONREAD, &raw mut n) };
+                    let asked =
+                        unsafe { libc::ioctl(file.fd.as_raw_fd(), libc::FIONREAD, &raw mut n) };
                     Errno::result(asked)?;
                     n
                 }
@@ -449,7 +464,9 @@ impl Kernel {
             tv_nsec: 0,
         };
         let timeout = if ready > 0 { Some(at_once) } else { timeout };
-        let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        let timeout = timeout
+            .as_ref()
+            .map_or(std::ptr::null(), std::ptr::from_ref);
         // SAFETY: an array of ours with its length, a structure that is read, and no mask.
         let n = unsafe {
             libc::ppoll(
@@ -522,7 +539,8 @@ impl Kernel {
         let timeout = match timeout {
             0 => None,
             at => {
-                let (seconds, micros) = (memory.read_u64(at)?, memory.read_u64(at.wrapping_add(8))?);
+                let (seconds, micros) =
+                    (memory.read_u64(at)?, memory.read_u64(at.wrapping_add(8))?);
                 if seconds > i64::MAX as u64 || micros >= 1_000_000 {
                     return Err(Errno::EINVAL);
                 }
@@ -563,7 +581,8 @@ impl Kernel {
         let mut ready = 0;
         let over = libc::POLLHUP | libc::POLLERR;
         for one in &wanted {
-            for ((set, event), also) in answer.iter_mut().zip(events).zip([over, libc::POLLERR, 0]) {
+            for ((set, event), also) in answer.iter_mut().zip(events).zip([over, libc::POLLERR, 0])
+            {
                 if one.events & event != 0 && one.revents & (event | also) != 0 {
                     set[one.fd as usize / 64] |= 1 << (one.fd % 64);
                     ready += 1;

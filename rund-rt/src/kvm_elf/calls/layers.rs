@@ -143,7 +143,12 @@ fn hidden_name(path: &[u8]) -> Vec<u8> {
 }
 
 /// Opens `path` beneath a directory, along which there must be no symbolic link.
-fn open_in(directory: BorrowedFd<'_>, path: &[u8], flags: OFlag, mode: Mode) -> Result<OwnedFd, Errno> {
+fn open_in(
+    directory: BorrowedFd<'_>,
+    path: &[u8],
+    flags: OFlag,
+    mode: Mode,
+) -> Result<OwnedFd, Errno> {
     let how = OpenHow::new()
         .flags(flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NOCTTY)
         .mode(mode)
@@ -378,7 +383,12 @@ impl Layers {
     ///
     /// # Errors
     /// EROFS where there is no writable layer, ENOSPC where it is full.
-    pub fn open_write(&mut self, place: &Place, flags: OFlag, mode: Mode) -> Result<OwnedFd, Errno> {
+    pub fn open_write(
+        &mut self,
+        place: &Place,
+        flags: OFlag,
+        mode: Mode,
+    ) -> Result<OwnedFd, Errno> {
         let access = flags & (OFlag::O_ACCMODE | OFlag::O_APPEND | OFlag::O_TRUNC);
         match place.found {
             Some(found) if found.is_directory() => Err(Errno::EISDIR),
@@ -510,7 +520,12 @@ impl Layers {
         if unlinkat(upper, beneath(&hidden), UnlinkatFlags::NoRemoveDir).is_ok() {
             // What was deleted under this name stays deleted.
             let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
-            open_in(upper, &join(&place.path, OPAQUE), flags, Mode::from_bits_truncate(0o600))?;
+            open_in(
+                upper,
+                &join(&place.path, OPAQUE),
+                flags,
+                Mode::from_bits_truncate(0o600),
+            )?;
         }
         Ok(())
     }
@@ -520,7 +535,13 @@ impl Layers {
         self.make_parents(path)?;
         let upper = self.upper().ok_or(Errno::EROFS)?;
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
-        open_in(upper, &hidden_name(path), flags, Mode::from_bits_truncate(0o600)).map(drop)
+        open_in(
+            upper,
+            &hidden_name(path),
+            flags,
+            Mode::from_bits_truncate(0o600),
+        )
+        .map(drop)
     }
 
     /// Whether the lower layer has something at `path` that would show.
@@ -656,7 +677,13 @@ impl Layers {
         self.make_parents(&place.path)?;
         let upper = self.upper().ok_or(Errno::EROFS)?;
         let flags = AtFlags::empty();
-        nix::unistd::linkat(upper, beneath(&from.path), upper, beneath(&place.path), flags)?;
+        nix::unistd::linkat(
+            upper,
+            beneath(&from.path),
+            upper,
+            beneath(&place.path),
+            flags,
+        )?;
         let hidden = hidden_name(&place.path);
         let _not_hidden = unlinkat(upper, beneath(&hidden), UnlinkatFlags::NoRemoveDir);
         Ok(())
@@ -678,7 +705,12 @@ impl Layers {
             }
         }
         let upper = self.upper().ok_or(Errno::EROFS)?;
-        open_in(upper, &place.path, OFlag::O_RDONLY | OFlag::O_NONBLOCK, Mode::empty())
+        open_in(
+            upper,
+            &place.path,
+            OFlag::O_RDONLY | OFlag::O_NONBLOCK,
+            Mode::empty(),
+        )
     }
 
     /// What the directory at `place` holds, without `.` and `..`.
@@ -809,7 +841,29 @@ fn read_directory(directory: &OwnedFd) -> Result<Vec<Entry>, Errno> {
         }
         let mut rest = &buffer[..n];
         // struct linux_dirent64: inode, offset, length of the record, kind, name.
-        while let [a, b, c, d, e, f, g, h, _, _, _, _, _, _, _, _, l0, l1, kind, ..] = *rest {
+        while let [
+            a,
+            b,
+            c,
+            d,
+            e,
+            f,
+            g,
+            h,
+            _,
+            _,
+            _,
+            _,
+            _,
+            _,
+            _,
+            _,
+            l0,
+            l1,
+            kind,
+            ..,
+        ] = *rest
+        {
             let len = usize::from(u16::from_le_bytes([l0, l1]));
             let Some(name) = rest.get(19..len) else {
                 break;

@@ -61,7 +61,14 @@ impl Kernel {
     }
 
     /// `openat`
-    pub fn open(&mut self, memory: &GuestMemory, at: u64, name: u64, flags: u64, mode: u64) -> Answer {
+    pub fn open(
+        &mut self,
+        memory: &GuestMemory,
+        at: u64,
+        name: u64,
+        flags: u64,
+        mode: u64,
+    ) -> Answer {
         let path = self.path(memory, at, name)?;
         let flags = OFlag::from_bits_truncate(flags as i32);
         let open = self.open_path(&path, flags, mode)?;
@@ -81,8 +88,8 @@ impl Kernel {
                 at: 0,
             });
         }
-        let follow = !flags.contains(OFlag::O_NOFOLLOW)
-            && !flags.contains(OFlag::O_CREAT | OFlag::O_EXCL);
+        let follow =
+            !flags.contains(OFlag::O_NOFOLLOW) && !flags.contains(OFlag::O_CREAT | OFlag::O_EXCL);
         let place = self.layers.walk(path, follow)?;
         let create = flags.contains(OFlag::O_CREAT);
         let Some(found) = place.found else {
@@ -201,14 +208,28 @@ impl Kernel {
     }
 
     /// `stat`, `lstat` and `newfstatat`
-    pub fn stat(&mut self, memory: &GuestMemory, at: u64, name: u64, into: u64, flags: u64) -> Answer {
+    pub fn stat(
+        &mut self,
+        memory: &GuestMemory,
+        at: u64,
+        name: u64,
+        into: u64,
+        flags: u64,
+    ) -> Answer {
         let stat = self.stat_for(memory, at, name, flags)?;
         memory.write(into, bytes_of(&stat))?;
         Ok(0)
     }
 
     /// `statx`, as far as `stat` knows.
-    pub fn statx(&mut self, memory: &GuestMemory, at: u64, name: u64, flags: u64, into: u64) -> Answer {
+    pub fn statx(
+        &mut self,
+        memory: &GuestMemory,
+        at: u64,
+        name: u64,
+        flags: u64,
+        into: u64,
+    ) -> Answer {
         let stat = self.stat_for(memory, at, name, flags)?;
         // SAFETY: all zeros is a valid value of this plain structure.
         let mut x: libc::statx = unsafe { std::mem::zeroed() };
@@ -237,14 +258,13 @@ impl Kernel {
 
     /// `statfs`
     pub fn statfs_of(&mut self, memory: &GuestMemory, name: u64, into: u64) -> Answer {
-        self.exists(memory, AT_FDCWD, name)?;
+        self.exists(memory, AT_FDCWD, name, 0)?;
         self.statfs(memory, into)
     }
 
     /// Succeeds where a path leads to something.
-    pub fn exists(&mut self, memory: &GuestMemory, at: u64, name: u64) -> Answer {
-        let path = self.path(memory, at, name)?;
-        self.stat_path(&path, true).map(|_| 0)
+    pub fn exists(&mut self, memory: &GuestMemory, at: u64, name: u64, flags: u64) -> Answer {
+        self.stat_for(memory, at, name, flags).map(|_| 0)
     }
 
     /// `faccessat`
@@ -264,7 +284,14 @@ impl Kernel {
     }
 
     /// `readlinkat`
-    pub fn readlink(&mut self, memory: &GuestMemory, at: u64, name: u64, into: u64, len: u64) -> Answer {
+    pub fn readlink(
+        &mut self,
+        memory: &GuestMemory,
+        at: u64,
+        name: u64,
+        into: u64,
+        len: u64,
+    ) -> Answer {
         let path = self.path(memory, at, name)?;
         let target = if path == b"/proc/self/exe" {
             self.program_path.clone()
@@ -400,7 +427,14 @@ impl Kernel {
     }
 
     /// `utimensat`
-    pub fn utimens(&mut self, memory: &GuestMemory, at: u64, name: u64, times: u64, flags: u64) -> Answer {
+    pub fn utimens(
+        &mut self,
+        memory: &GuestMemory,
+        at: u64,
+        name: u64,
+        times: u64,
+        flags: u64,
+    ) -> Answer {
         let mut values = [libc::timespec {
             tv_sec: 0,
             tv_nsec: libc::UTIME_NOW,

@@ -7,7 +7,7 @@ use super::super::memory::GuestMemory;
 use super::super::stack::MOST_ARGUMENTS;
 use super::layers::MOST_PATH;
 use super::path::file_name;
-use super::{Answer, Call, Execute, Kernel, Outcome, bytes_of};
+use super::{Answer, Execute, Kernel, Outcome, bytes_of};
 
 /// What is different in every clone.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -36,7 +36,14 @@ impl Identity {
         bytes[8] = bytes[8] & 0x3f | 0x80;
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         let part = |from: usize, to: usize| hex.get(from..to).unwrap_or_default().to_owned();
-        [part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32)].join("-")
+        [
+            part(0, 8),
+            part(8, 12),
+            part(12, 16),
+            part(16, 20),
+            part(20, 32),
+        ]
+        .join("-")
     }
 }
 
@@ -156,7 +163,9 @@ impl Kernel {
     pub fn prctl(&mut self, memory: &GuestMemory, what: u64, argument: u64) -> Answer {
         match i32::try_from(what).unwrap_or(-1) {
             libc::PR_SET_NAME => {
-                let name = memory.read_string(argument, 4096).map_err(|_| Errno::EFAULT)?;
+                let name = memory
+                    .read_string(argument, 4096)
+                    .map_err(|_| Errno::EFAULT)?;
                 self.set_name(&name);
                 Ok(0)
             }
@@ -201,7 +210,12 @@ impl Kernel {
     }
 
     /// `fork` and `vfork`
-    pub fn fork(&mut self, stack: u64, child_id_at: u64, parent_id_at: u64) -> Result<Outcome, Errno> {
+    pub fn fork(
+        &mut self,
+        stack: u64,
+        child_id_at: u64,
+        parent_id_at: u64,
+    ) -> Result<Outcome, Errno> {
         if self.children.len() >= self.most_children {
             return Err(Errno::EAGAIN);
         }
@@ -224,7 +238,8 @@ impl Kernel {
         let mut status = 0;
         let wanted = if pid > 0 { pid } else { -1 };
         // SAFETY: a number that the call fills.
-        let found = unsafe { libc::waitpid(wanted, &raw mut status, options as i32 & libc::WNOHANG) };
+        let found =
+            unsafe { libc::waitpid(wanted, &raw mut status, options as i32 & libc::WNOHANG) };
         let found = Errno::result(found)?;
         if found > 0 {
             self.children.retain(|child| *child != found);
@@ -249,18 +264,20 @@ impl Kernel {
         if !self.children.contains(&pid) {
             return Err(Errno::ESRCH);
         }
-        // What a child would do with a signal of its own lies in its own handlers, which are not
-        // asked: whatever ends a process by default ends it.
-        if signal == 0 || super::signal::is_harmless(signal) {
-            return Ok(0);
-        }
+        // Its monitor takes it for the guest that it runs.
         // SAFETY: a child of ours that was not waited for: its number is nobody else's.
-        let killed = unsafe { libc::kill(pid, libc::SIGKILL) };
+        let killed = unsafe { libc::kill(pid, signal) };
         Errno::result(killed).map(i64::from)
     }
 
     /// `execve`
-    pub fn execve(&mut self, memory: &GuestMemory, path: u64, args: u64, env: u64) -> Result<Outcome, Errno> {
+    pub fn execve(
+        &mut self,
+        memory: &GuestMemory,
+        path: u64,
+        args: u64,
+        env: u64,
+    ) -> Result<Outcome, Errno> {
         let path = memory
             .read_string(path, MOST_PATH)
             .map_err(|why| why.map_or(Errno::EFAULT, |()| Errno::ENAMETOOLONG))?;
@@ -303,12 +320,22 @@ impl Kernel {
         self.set_name(&name);
     }
 
-    /// Whether a call that was interrupted is made again afterwards.
-    pub fn is_restarted(call: &Call) -> bool {
-        !matches!(
-            i64::try_from(call.number).unwrap_or(-1),
-            libc::SYS_nanosleep | libc::SYS_clock_nanosleep | libc::SYS_poll | libc::SYS_ppoll
-        )
+    /// `rt_sigsuspend`
+    pub fn suspend(&mut self, memory: &GuestMemory, mask: u64) -> Answer {
+        let mask = memory.read_u64(mask)?;
+        self.signals.suspend(mask);
+        self.wait_for_signal()
+    }
+
+    /// Waits until there is a signal that does something: EINTR then.
+    pub fn wait_for_signal(&mut self) -> Answer {
+        /// A signal that comes just before is seen this much later.
+        const LOOK: libc::c_int = 5;
+        if !self.signals.interrupts() {
+            // SAFETY: no descriptors.
+            unsafe { libc::poll(std::ptr::null_mut(), 0, LOOK) };
+        }
+        Err(Errno::EINTR)
     }
 }
 

@@ -8,8 +8,8 @@ use nix::errno::Errno;
 use super::super::layout::{Layout, PAGE, page_down, page_up};
 use super::super::memory::GuestMemory;
 use super::super::shim::data;
-use super::{Answer, Kernel};
 use super::table::Open;
+use super::{Answer, Kernel};
 
 /// Heap and mappings.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
