@@ -203,15 +203,16 @@ pub enum Output {
     File(OwnedFd),
 }
 
-/// What becomes of the virtual machine monitor process when its sandbox has ended.
+/// Whether virtual machine monitors serve more than one sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Reuse {
-    /// Its machine is set back to the template, all of it, and serves the next sandbox.
+    /// The machine may have served before, and was set back to the template, all of it. It is set
+    /// back again at the end.
     #[default]
     Reset,
-    /// It ends; the next sandbox gets a new process and a new machine.
+    /// A new process and a new machine, which end with the sandbox.
     Fresh,
 }
 

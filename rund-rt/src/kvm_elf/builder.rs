@@ -21,12 +21,12 @@ use super::calls::{Kernel, Program};
 use super::elf::{LoadPlan, Segment};
 use super::file_layout::pages_with_something;
 use super::guest::{End, Guest, Image};
+use super::interrupt;
 use super::layout::PAGE;
 use super::machine::{Host, Machine, Stop};
 use super::memory::Extent;
 use super::shim::{self, Return, data};
 use super::template::{Process, SavedOpen, State};
-use super::watchdog;
 use super::window::Windows;
 use super::wire::{Build, Failure};
 use super::zygote::Surroundings;
@@ -194,10 +194,10 @@ pub fn build(
             .map_err(|why| Failure::Program(why.to_string()))?;
         // Every draw is to come to the host, to be counted.
         guest.memory.set_data(data::CLOCKS, 0);
-        watchdog::install().map_err(|why| other(why.to_string()))?;
-        watchdog::set(Some(build.deadline));
+        interrupt::install().map_err(|why| other(why.to_string()))?;
+        interrupt::set(Some(build.deadline));
         let end = guest.run();
-        watchdog::stop();
+        interrupt::stop();
         if end != End::Snapshot {
             guest.kernel.outputs.flush();
             let words = String::from_utf8_lossy(&said.borrow()).trim().to_owned();

@@ -16,13 +16,13 @@ use super::calls::{Call, Execute, Kernel, Outcome};
 use super::clock;
 use super::cpu;
 use super::elf::{self, LoadPlan};
+use super::interrupt;
 use super::layout::{Layout, SYSTEM_START, system};
 use super::machine::{Host, Machine, Refusal, Stop};
 use super::memory::GuestMemory;
 use super::page_table;
 use super::shim::{self, Return};
 use super::stack::{self, Beginning};
-use super::watchdog;
 use super::window::Windows;
 
 /// A program, and where it goes.
@@ -108,9 +108,9 @@ pub enum End {
 impl Guest {
     /// Runs it to its end.
     pub fn run(&mut self) -> End {
-        watchdog::watch(self.machine.immediate_exit());
+        interrupt::watch(self.machine.immediate_exit());
         let end = self.run_watched();
-        watchdog::forget();
+        interrupt::forget();
         self.collect();
         end
     }
@@ -120,8 +120,8 @@ impl Guest {
             let end = match self.machine.run() {
                 Stop::Call => self.serve(),
                 Stop::Exception(vector) => self.fault(vector),
-                Stop::Interrupted if watchdog::is_over() => Some(End::Status(Status::TimedOut)),
-                Stop::Interrupted => None,
+                Stop::Interrupted if interrupt::is_over() => Some(End::Status(Status::TimedOut)),
+                Stop::Interrupted => self.interrupted(),
                 Stop::Broken(why) => Some(End::Broken(why)),
             };
             if let Some(end) = end {
@@ -150,10 +150,16 @@ impl Guest {
         self.windows.before(&call);
         let outcome = loop {
             match self.kernel.call(&self.memory, call) {
-                Outcome::Interrupted if watchdog::is_over() => {
+                Outcome::Interrupted if interrupt::is_over() => {
                     return Some(End::Status(Status::TimedOut));
                 }
-                Outcome::Interrupted => {}
+                Outcome::Interrupted => {
+                    self.kernel.signals.raise_all(interrupt::take());
+                    if self.kernel.signals.interrupts() {
+                        break Outcome::Interrupted;
+                    }
+                    self.kernel.signals.drop_ignored();
+                }
                 other => break other,
             }
         };
@@ -166,8 +172,7 @@ impl Guest {
                 if self.kernel.signals.leave(&self.memory, &mut regs).is_err() {
                     return Some(End::Status(Status::Signal(libc::SIGSEGV)));
                 }
-                *self.machine.regs() = regs;
-                regs.rax as i64
+                return self.go_on(regs, false);
             }
             Outcome::Execute(execute) => {
                 return match self.execute(&execute) {
@@ -202,14 +207,48 @@ impl Guest {
             self.windows
                 .after(&call, value, &self.memory, &mut self.kernel);
         }
+        self.kernel.signals.raise_all(interrupt::take());
         if self.kernel.signals.any() {
             let mut regs = *self.machine.regs();
-            match self.kernel.signals.deliver(&self.memory, &mut regs) {
-                Some(Delivery::Fatal(signal)) => return Some(End::Status(Status::Signal(signal))),
-                Some(Delivery::Handled) => *self.machine.regs() = regs,
-                None => {}
+            // The call has returned.
+            (regs.rip, regs.rflags) = (regs.rcx, regs.r11);
+            return self.deliver(regs, false);
+        }
+        None
+    }
+
+    /// Signals came while the guest ran.
+    fn interrupted(&mut self) -> Option<End> {
+        self.kernel.signals.raise_all(interrupt::take());
+        let regs = *self.machine.regs();
+        if !self.kernel.signals.any() {
+            return None;
+        }
+        if shim::is_inside(regs.rip) {
+            // A call is being answered: the signal is delivered when the next one returns.
+            return None;
+        }
+        self.deliver(regs, false)
+    }
+
+    /// Delivers a signal to a guest that would go on with `regs`.
+    fn deliver(&mut self, regs: kvm_regs, from_ring0: bool) -> Option<End> {
+        let mut regs = regs;
+        match self.kernel.signals.deliver(&self.memory, &mut regs) {
+            Some(Delivery::Fatal(signal)) => Some(End::Status(Status::Signal(signal))),
+            Some(Delivery::Handled) => self.go_on(regs, from_ring0),
+            None => None,
+        }
+    }
+
+    /// Lets the guest go on with `regs`, at its own privilege.
+    fn go_on(&mut self, regs: kvm_regs, from_ring0: bool) -> Option<End> {
+        if from_ring0 || self.way_back == Return::Sysret {
+            if let Err(why) = self.machine.to_user_mode() {
+                return Some(End::Broken(why.to_string()));
             }
         }
+        *self.machine.regs() = regs;
         None
     }
 
@@ -236,10 +275,9 @@ impl Guest {
             (regs.rdx, regs.rax) = (saved(3), saved(4));
             regs.rip = shim::exit_address() + 2;
             regs.rflags = flags & 0xcd5 | 2;
-            if let Err(why) = self.machine.to_user_mode() {
-                return Some(End::Broken(why.to_string()));
+            if let Some(end) = self.go_on(regs, true) {
+                return Some(end);
             }
-            *self.machine.regs() = regs;
             return self.serve();
         }
         let signal = match vector {
@@ -249,22 +287,13 @@ impl Guest {
             17 => libc::SIGBUS,
             _ => libc::SIGSEGV,
         };
-        (regs.rcx, regs.r11) = (rip, flags);
+        (regs.rip, regs.rflags) = (rip, flags);
         self.kernel.signals.raise(signal);
         match self.kernel.signals.deliver(&self.memory, &mut regs) {
-            Some(Delivery::Handled) => {}
+            Some(Delivery::Handled) => self.go_on(regs, true),
             // One that is ignored or blocked ends it all the same, as on Linux.
-            Some(Delivery::Fatal(_)) | None => {
-                return Some(End::Status(Status::Signal(signal)));
-            }
+            Some(Delivery::Fatal(_)) | None => Some(End::Status(Status::Signal(signal))),
         }
-        regs.rip = regs.rcx;
-        regs.rflags = 2;
-        if let Err(why) = self.machine.to_user_mode() {
-            return Some(End::Broken(why.to_string()));
-        }
-        *self.machine.regs() = regs;
-        None
     }
 
     /// Becomes another program.
@@ -274,7 +303,7 @@ impl Guest {
         let image = Image::new(&program, size)?;
         let (memory, root) = image.load(&program, self.way_back)?;
         let entry = shim::entry(self.way_back);
-        watchdog::forget();
+        interrupt::forget();
         let machine = Machine::new(&self.host, &memory, root, entry).map_err(|r| r.to_string())?;
         self.windows.forget();
         // The machine goes before the memory that it has.
@@ -287,7 +316,7 @@ impl Guest {
         self.kernel.space = super::calls::space::Space::new(&self.image.layout);
         self.begin(&execute.args, &execute.env, &execute.path)
             .map_err(|why| why.to_string())?;
-        watchdog::watch(self.machine.immediate_exit());
+        interrupt::watch(self.machine.immediate_exit());
         Ok(())
     }
 
@@ -381,7 +410,7 @@ impl Guest {
                 self.machine
                     .restore(&saved)
                     .map_err(|why| why.to_string())?;
-                watchdog::watch(self.machine.immediate_exit());
+                interrupt::watch(self.machine.immediate_exit());
                 if stack != 0 {
                     self.machine.regs().rsp = stack;
                 }

@@ -311,7 +311,7 @@ impl Machine {
     /// # Errors
     /// What KVM refused.
     pub fn save(&mut self) -> Result<Registers, Refusal> {
-        let regs = *self.regs();
+        let regs = self.vcpu.get_regs().map_err(refused("read registers"))?;
         let xsave = self.vcpu.get_xsave().map_err(refused("read the vectors"))?;
         let xcrs = self.vcpu.get_xcrs().map_err(refused("read XCR0"))?;
         Ok(Registers {

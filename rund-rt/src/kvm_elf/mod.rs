@@ -17,6 +17,7 @@ mod cpu;
 mod elf;
 mod file_layout;
 mod guest;
+mod interrupt;
 mod layout;
 mod machine;
 mod memory;
@@ -28,7 +29,7 @@ mod shim;
 mod stack;
 mod template;
 mod upper;
-mod watchdog;
+
 mod window;
 mod wire;
 mod zygote;
@@ -44,8 +45,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use carlsbad_types::ByteSize;
 
 use crate::backend::{
-    Backend, Capabilities, CloneSpec, Instance, Isolation, Output, SavedState, SnapshotPoint,
-    Stdin, Template, TemplateSpec,
+    Backend, Capabilities, CloneSpec, Instance, Isolation, Output, Reuse, SavedState,
+    SnapshotPoint, Stdin, Template, TemplateSpec,
 };
 use crate::error::{Error, Result};
 
@@ -303,8 +304,17 @@ impl Home for Pool {
 impl Kept {
     fn start(&self, prepared: Prepared) -> Result<Box<dyn Instance>> {
         let Prepared { start, fds, pipes } = prepared;
-        let waiting = lock(&self.pool.idle).pop();
-        let monitor = match waiting {
+        let waiting = {
+            let mut idle = lock(&self.pool.idle);
+            match start.reuse {
+                Reuse::Reset => idle.pop(),
+                Reuse::Fresh => {
+                    let unused = idle.iter().position(|monitor| !monitor.has_served);
+                    unused.map(|at| idle.swap_remove(at))
+                }
+            }
+        };
+        let mut monitor = match waiting {
             Some(monitor) => monitor,
             None => lock(&self.pool.zygote).spawn()?,
         };

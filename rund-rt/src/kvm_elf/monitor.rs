@@ -15,13 +15,13 @@ use super::calls::table::{HostFile, Open};
 use super::calls::{Kernel, Program};
 use super::channel::{Channel, Lost};
 use super::guest::{End, Guest, Image, fill_random};
+use super::interrupt;
 use super::layout::Layout;
 use super::machine::{Machine, Registers};
 use super::memory::GuestMemory;
 use super::reset;
 use super::shim::{self, Return, data};
 use super::template::{Pages, SavedOpen, State};
-use super::watchdog;
 use super::window::Windows;
 use super::wire::{Destination, Ended, FromMonitor, Input, Start, ToMonitor};
 use super::zygote::Surroundings;
@@ -95,7 +95,7 @@ struct Monitor {
 
 impl Monitor {
     fn new(surroundings: &Surroundings, template: &Rc<Template>) -> Result<Self, String> {
-        watchdog::install().map_err(|why| why.to_string())?;
+        interrupt::install().map_err(|why| why.to_string())?;
         let state = &template.state;
         let way_back = surroundings.way_back;
         if state.processor != surroundings.host.processor()
@@ -156,11 +156,11 @@ impl Monitor {
             self.guest.kernel.layers.delete();
             return false;
         }
-        watchdog::watch(self.guest.machine.immediate_exit());
-        watchdog::set(run_time);
+        interrupt::watch(self.guest.machine.immediate_exit());
+        interrupt::set(run_time);
         let began = Instant::now();
         let end = self.guest.run();
-        watchdog::stop();
+        interrupt::stop();
         let took = began.elapsed();
         if self.guest.is_child {
             end_child(&mut self.guest, end);

@@ -132,6 +132,7 @@ impl Zygote {
             channel: Channel::new(ours),
             is_ready: false,
             resets: false,
+            has_served: false,
         };
         // What a process without rights cannot open itself.
         if let Ok(pagemap) = File::open(format!("/proc/{pid}/pagemap")) {
@@ -166,6 +167,8 @@ pub(super) struct Monitor {
     is_ready: bool,
     /// Whether it is setting its machine back, and will say so.
     resets: bool,
+    /// Whether it has run a clone.
+    pub(super) has_served: bool,
 }
 
 impl Monitor {
@@ -201,7 +204,8 @@ impl Monitor {
     }
 
     /// Lets it run a clone.
-    pub(super) fn start(&self, start: Start, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    pub(super) fn start(&mut self, start: Start, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        self.has_served = true;
         self.channel
             .send(&ToMonitor::Start(Box::new(start)), fds)
             .map_err(|why| self.gone(why))

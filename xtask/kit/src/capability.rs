@@ -44,6 +44,10 @@ pub enum Capability {
     Ksm,
     /// `/dev/kvm` can be opened.
     Kvm,
+    /// `runc`, and the right to run containers with it.
+    Runc,
+    /// A statically linked busybox.
+    Busybox,
     /// A QEMU that emulates x86-64.
     Qemu,
     /// containerd, `ctr` and runc.
@@ -64,7 +68,7 @@ use Capability as C;
 
 impl Capability {
     /// Every capability, in the order in which `cargo xtask doctor` lists them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         C::Root,
         C::Namespaces,
         C::SharedMemory,
@@ -73,6 +77,8 @@ impl Capability {
         C::Ksm,
         C::ControlGroups,
         C::Kvm,
+        C::Busybox,
+        C::Runc,
         C::Qemu,
         C::Containerd,
         C::Cuda,
@@ -91,6 +97,8 @@ impl Capability {
             C::HugeTmpfs => "huge-tmpfs",
             C::Ksm => "ksm",
             C::Kvm => "kvm",
+            C::Busybox => "busybox",
+            C::Runc => "runc",
             C::Qemu => "qemu",
             C::Containerd => "containerd",
             C::Cuda => "cuda",
@@ -116,6 +124,8 @@ impl Capability {
             }
             C::Ksm => "run as root on a kernel with CONFIG_KSM",
             C::Kvm => "load the kvm module and join the group of /dev/kvm",
+            C::Busybox => "apt install busybox-static",
+            C::Runc => "apt install runc, and run as root",
             C::Qemu => "apt install qemu-system-x86",
             C::Containerd => "apt install containerd runc",
             C::Cuda => "an NVIDIA GPU with its driver",
@@ -218,8 +228,11 @@ impl Capability {
             C::HugeTmpfs => huge_tmpfs(),
             C::Ksm => writable("/sys/kernel/mm/ksm/run"),
             C::Kvm => writable("/dev/kvm"),
+            C::Busybox => busybox(),
+            C::Runc if !nix::unistd::geteuid().is_root() => State::Missing("not root".to_owned()),
+            C::Runc => runs("runc", &["--version"]),
             C::Qemu => runs("qemu-system-x86_64", &["--version"]),
-            C::Containerd => match (runs("ctr", &["--version"]), runs("runc", &["--version"])) {
+            C::Containerd => match (C::Runc.probe(), runs("ctr", &["--version"])) {
                 (State::Present(_), State::Present(_)) => runs("containerd", &["--version"]),
                 (State::Missing(why), _) | (_, State::Missing(why)) => State::Missing(why),
             },
@@ -351,6 +364,18 @@ fn runs(program: &str, arguments: &[&str]) -> State {
             line if line.is_empty() => format!("{program} failed"),
             line => line,
         }),
+    }
+}
+
+/// One that names no program which loads it.
+fn busybox() -> State {
+    let path = "/usr/bin/busybox";
+    match fs::read(path) {
+        Ok(bytes) => {
+            let is_static = !bytes.windows(12).any(|part| part == b"/lib64/ld-li");
+            State::of(is_static, "static", || path.to_owned())
+        }
+        Err(why) => State::Missing(format!("{path}: {why}")),
     }
 }
 

@@ -286,8 +286,9 @@ impl Kernel {
             libc::SYS_linkat => self.link(m, [a, b, c, d, e])?,
             libc::SYS_chmod => self.chmod(m, AT_FDCWD, a, b)?,
             libc::SYS_fchmodat => self.chmod(m, a, b, c)?,
-            libc::SYS_chown | libc::SYS_lchown => self.exists(m, AT_FDCWD, a)?,
-            libc::SYS_fchownat => self.exists(m, a, b)?,
+            libc::SYS_chown => self.exists(m, AT_FDCWD, a, 0)?,
+            libc::SYS_lchown => self.exists(m, AT_FDCWD, a, NOFOLLOW)?,
+            libc::SYS_fchownat => self.exists(m, a, b, e)?,
             libc::SYS_truncate => self.truncate(m, a, b)?,
             libc::SYS_utimensat => self.utimens(m, a, b, c, d)?,
             libc::SYS_umask => {
@@ -337,12 +338,13 @@ impl Kernel {
             libc::SYS_kill => self.kill(a, b)?,
             libc::SYS_tkill => self.kill(a, b)?,
             libc::SYS_tgkill => self.kill(b, c)?,
-            libc::SYS_alarm => 0,
 
             libc::SYS_rt_sigaction => self.signals.action(m, a, b, c)?,
             libc::SYS_rt_sigprocmask => self.signals.mask(m, a, b, c)?,
             libc::SYS_sigaltstack => self.signals.stack(m, a, b)?,
             libc::SYS_rt_sigpending => self.signals.pending(m, a)?,
+            libc::SYS_rt_sigsuspend => self.suspend(m, a)?,
+            libc::SYS_pause => self.wait_for_signal()?,
             libc::SYS_rt_sigreturn => return Ok(Outcome::SignalReturn),
 
             libc::SYS_fork | libc::SYS_vfork => return self.fork(0, 0, 0),

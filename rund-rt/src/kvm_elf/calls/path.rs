@@ -258,14 +258,13 @@ impl Kernel {
 
     /// `statfs`
     pub fn statfs_of(&mut self, memory: &GuestMemory, name: u64, into: u64) -> Answer {
-        self.exists(memory, AT_FDCWD, name)?;
+        self.exists(memory, AT_FDCWD, name, 0)?;
         self.statfs(memory, into)
     }
 
     /// Succeeds where a path leads to something.
-    pub fn exists(&mut self, memory: &GuestMemory, at: u64, name: u64) -> Answer {
-        let path = self.path(memory, at, name)?;
-        self.stat_path(&path, true).map(|_| 0)
+    pub fn exists(&mut self, memory: &GuestMemory, at: u64, name: u64, flags: u64) -> Answer {
+        self.stat_for(memory, at, name, flags).map(|_| 0)
     }
 
     /// `faccessat`

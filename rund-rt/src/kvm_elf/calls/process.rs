@@ -7,7 +7,7 @@ use super::super::memory::GuestMemory;
 use super::super::stack::MOST_ARGUMENTS;
 use super::layers::MOST_PATH;
 use super::path::file_name;
-use super::{Answer, Call, Execute, Kernel, Outcome, bytes_of};
+use super::{Answer, Execute, Kernel, Outcome, bytes_of};
 
 /// What is different in every clone.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -264,13 +264,9 @@ impl Kernel {
         if !self.children.contains(&pid) {
             return Err(Errno::ESRCH);
         }
-        // What a child would do with a signal of its own lies in its own handlers, which are not
-        // asked: whatever ends a process by default ends it.
-        if signal == 0 || super::signal::is_harmless(signal) {
-            return Ok(0);
-        }
+        // Its monitor takes it for the guest that it runs.
         // SAFETY: a child of ours that was not waited for: its number is nobody else's.
-        let killed = unsafe { libc::kill(pid, libc::SIGKILL) };
+        let killed = unsafe { libc::kill(pid, signal) };
         Errno::result(killed).map(i64::from)
     }
 
@@ -324,12 +320,22 @@ impl Kernel {
         self.set_name(&name);
     }
 
-    /// Whether a call that was interrupted is made again afterwards.
-    pub fn is_restarted(call: &Call) -> bool {
-        !matches!(
-            i64::try_from(call.number).unwrap_or(-1),
-            libc::SYS_nanosleep | libc::SYS_clock_nanosleep | libc::SYS_poll | libc::SYS_ppoll
-        )
+    /// `rt_sigsuspend`
+    pub fn suspend(&mut self, memory: &GuestMemory, mask: u64) -> Answer {
+        let mask = memory.read_u64(mask)?;
+        self.signals.suspend(mask);
+        self.wait_for_signal()
+    }
+
+    /// Waits until there is a signal that does something: EINTR then.
+    pub fn wait_for_signal(&mut self) -> Answer {
+        /// A signal that comes just before is seen this much later.
+        const LOOK: libc::c_int = 5;
+        if !self.signals.interrupts() {
+            // SAFETY: no descriptors.
+            unsafe { libc::poll(std::ptr::null_mut(), 0, LOOK) };
+        }
+        Err(Errno::EINTR)
     }
 }
 

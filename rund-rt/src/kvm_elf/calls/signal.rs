@@ -1,6 +1,7 @@
 //! Signals of a guest process: those that it raises itself, those of its faults, and a broken pipe.
 //!
-//! They are delivered when a call returns or a fault has stopped it, never in between.
+//! They are delivered when a call returns, when a fault has stopped it, or between two of its own
+//! instructions; never inside the shim.
 
 use kvm_bindings::kvm_regs;
 use nix::errno::Errno;
@@ -13,6 +14,7 @@ const SIG_IGN: u64 = 1;
 /// `SA_RESTORER`: the return from a handler is the guest's own code, always on x86-64.
 const SA_RESTORER: u64 = 0x0400_0000;
 const SA_ONSTACK: u64 = 0x0800_0000;
+const SA_RESTART: u64 = 0x1000_0000;
 const SA_NODEFER: u64 = 0x4000_0000;
 const SA_RESETHAND: u64 = 0x8000_0000;
 
@@ -38,6 +40,8 @@ pub struct Signals {
     raised: u64,
     /// The other stack: address, flags, size.
     stack: (u64, u64, u64),
+    /// The mask that comes back after a `sigsuspend`.
+    before_suspend: Option<u64>,
 }
 
 /// What comes of a signal.
@@ -183,8 +187,48 @@ impl Signals {
         Ok(0)
     }
 
+    /// Makes signals pending, one bit each.
+    pub fn raise_all(&mut self, bits: u64) {
+        self.raised |= bits;
+    }
+
+    /// Whether a call that a pending signal has interrupted answers EINTR: where a handler runs
+    /// that did not ask for the call to go on.
+    pub fn interrupts(&self) -> bool {
+        let ready = self.raised & !self.blocked;
+        (1..=64)
+            .filter(|signal| ready & bit(*signal) != 0)
+            .any(|signal| {
+                let action = self.action_of(signal);
+                match action.handler {
+                    SIG_IGN => false,
+                    SIG_DFL => !is_harmless(signal),
+                    _ => action.flags & SA_RESTART == 0,
+                }
+            })
+    }
+
+    /// Forgets pending signals that do nothing.
+    pub fn drop_ignored(&mut self) {
+        for signal in 1..=64 {
+            let handler = self.action_of(signal).handler;
+            let ignored = handler == SIG_IGN || handler == SIG_DFL && is_harmless(signal);
+            if ignored && self.blocked & bit(signal) == 0 {
+                self.raised &= !bit(signal);
+            }
+        }
+    }
+
+    /// `rt_sigsuspend`: another mask until a signal was handled; gives the one before.
+    pub fn suspend(&mut self, mask: u64) {
+        if self.before_suspend.is_none() {
+            self.before_suspend = Some(self.blocked);
+            self.blocked = mask & !(bit(libc::SIGKILL) | bit(libc::SIGSTOP));
+        }
+    }
+
     /// Takes the next signal that is pending, and does what is to be done. `regs` are those with
-    /// which the guest would go on: rcx holds its next address, r11 its flags.
+    /// which the guest would go on.
     pub fn deliver(&mut self, memory: &GuestMemory, regs: &mut kvm_regs) -> Option<Delivery> {
         loop {
             let ready = self.raised & !self.blocked;
@@ -234,7 +278,7 @@ impl Signals {
         words.extend(registers(regs));
         // err, trapno, oldmask, cr2, fpstate, reserved.
         words.extend([0; 13]);
-        words.push(self.blocked);
+        words.push(self.before_suspend.take().unwrap_or(self.blocked));
         let info = 8 + 304;
         words.resize(info / 8, 0);
         // siginfo: number, errno, code (SI_KERNEL or of the process itself).
@@ -256,8 +300,8 @@ impl Signals {
         regs.rsi = at + info as u64;
         regs.rdx = at + 8;
         regs.rax = 0;
-        regs.rcx = action.handler;
-        regs.r11 = 2;
+        regs.rip = action.handler;
+        regs.rflags = 2;
         Ok(())
     }
 
@@ -300,10 +344,10 @@ fn registers(regs: &kvm_regs) -> [u64; 19] {
         regs.rbx,
         regs.rdx,
         regs.rax,
-        0,
-        regs.rsp,
         regs.rcx,
-        regs.r11,
+        regs.rsp,
+        regs.rip,
+        regs.rflags,
         // cs, gs, fs, ss
         0x002b_0000_0000_0033,
     ]
@@ -318,7 +362,7 @@ fn set_registers(regs: &mut kvm_regs, saved: &[u64]) {
         r8,
         r9,
         r10,
-        _r11,
+        r11,
         r12,
         r13,
         r14,
@@ -329,7 +373,7 @@ fn set_registers(regs: &mut kvm_regs, saved: &[u64]) {
         rbx,
         rdx,
         rax,
-        _rcx,
+        rcx,
         rsp,
         rip,
         flags,
@@ -337,10 +381,10 @@ fn set_registers(regs: &mut kvm_regs, saved: &[u64]) {
     else {
         return;
     };
-    (regs.r8, regs.r9, regs.r10) = (r8, r9, r10);
+    (regs.r8, regs.r9, regs.r10, regs.r11) = (r8, r9, r10, r11);
     (regs.r12, regs.r13, regs.r14, regs.r15) = (r12, r13, r14, r15);
     (regs.rdi, regs.rsi, regs.rbp, regs.rbx) = (rdi, rsi, rbp, rbx);
-    (regs.rdx, regs.rax, regs.rsp) = (rdx, rax, rsp);
-    regs.rcx = rip;
-    regs.r11 = flags & USER_FLAGS | 2;
+    (regs.rdx, regs.rax, regs.rcx, regs.rsp) = (rdx, rax, rcx, rsp);
+    regs.rip = rip;
+    regs.rflags = flags & USER_FLAGS | 2;
 }

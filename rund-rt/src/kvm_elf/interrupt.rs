@@ -1,7 +1,7 @@
-//! Ends a guest whose time is over: a timer's signal leaves the machine, or whatever call of the
-//! host's the guest waits in.
+//! What interrupts a guest: the watchdog's timer, and signals of the other processes of its sandbox.
+//! They leave the machine, or whatever call of the host's the guest waits in.
 
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -11,8 +11,28 @@ static OVER: AtomicBool = AtomicBool::new(false);
 /// The byte that keeps the machine from being entered.
 static IMMEDIATE_EXIT: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 
-extern "C" fn on_alarm(_signal: libc::c_int) {
-    OVER.store(true, Ordering::Release);
+/// Signals that came for the guest, one bit each.
+static CAME: AtomicU64 = AtomicU64::new(0);
+
+/// Signals that the processes of a sandbox send each other, and that end a process or run a
+/// handler. The others do to this process what they would do to the guest.
+const FORWARDED: [Signal; 8] = [
+    Signal::SIGHUP,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGTERM,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGCHLD,
+    Signal::SIGWINCH,
+];
+
+extern "C" fn on_signal(signal: libc::c_int) {
+    if signal == libc::SIGALRM {
+        OVER.store(true, Ordering::Release);
+    } else if (1..=64).contains(&signal) {
+        CAME.fetch_or(1 << (signal - 1), Ordering::AcqRel);
+    }
     let byte = IMMEDIATE_EXIT.load(Ordering::Acquire);
     if !byte.is_null() {
         // SAFETY: `watch` was given it by a machine, and `forget` is called before that machine
@@ -21,19 +41,36 @@ extern "C" fn on_alarm(_signal: libc::c_int) {
     }
 }
 
-/// Takes the timer's signal. Without it a signal would end the process.
+/// Takes those signals.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn install() -> nix::Result<()> {
     // Without SA_RESTART: a call of the host's that a guest waits in is to be left.
     let action = SigAction::new(
-        SigHandler::Handler(on_alarm),
+        SigHandler::Handler(on_signal),
         SaFlags::empty(),
         SigSet::empty(),
     );
-    // SAFETY: the handler stores to atomics and to one byte, nothing else.
-    unsafe { sigaction(Signal::SIGALRM, &action) }.map(drop)
+    for signal in FORWARDED.into_iter().chain([Signal::SIGALRM]) {
+        // SAFETY: the handler stores to atomics and to one byte, nothing else.
+        unsafe { sigaction(signal, &action) }?;
+    }
+    Ok(())
+}
+
+/// The signals that came since it was asked last, one bit each.
+pub fn take() -> u64 {
+    let came = CAME.swap(0, Ordering::AcqRel);
+    if came != 0 && !is_over() {
+        let byte = IMMEDIATE_EXIT.load(Ordering::Acquire);
+        if !byte.is_null() {
+            // SAFETY: as in the handler. A signal that comes just now is seen before the guest
+            // waits the next time, by the caller's next look.
+            unsafe { byte.write_volatile(0) };
+        }
+    }
+    came
 }
 
 /// The byte of the machine that runs.
@@ -49,6 +86,7 @@ pub fn forget() {
 /// Sets the time, or none.
 pub fn set(time: Option<Duration>) {
     OVER.store(false, Ordering::Release);
+    CAME.store(0, Ordering::Release);
     let byte = IMMEDIATE_EXIT.load(Ordering::Acquire);
     if !byte.is_null() {
         // SAFETY: as in the handler, which does not run: no timer is set.
