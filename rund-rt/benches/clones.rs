@@ -1,6 +1,7 @@
 //! Figures 1 to 1e: how fast clones start, answer and are set back.
 #![allow(
     clippy::unwrap_used,
+    clippy::panic,
     missing_docs,
     reason = "a bench says what went wrong by failing"
 )]

@@ -1,5 +1,11 @@
 //! What a clone is: itself, as its template was, and gone without a trace.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says what went wrong by failing"
+)]
+
 mod common;
 
 use std::collections::{BTreeMap, HashSet};

@@ -1,5 +1,11 @@
 //! Programs and guests that mean no good, or know no better.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says what went wrong by failing"
+)]
+
 mod common;
 
 use std::path::Path;
@@ -102,7 +108,7 @@ fn what_is_no_static_elf_is_refused_with_the_reason() {
     carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
     let file = tempfile::NamedTempFile::new().unwrap();
     let whole = std::fs::read(BUSYBOX).unwrap();
-    let mut with = |bytes: &[u8]| {
+    let with = |bytes: &[u8]| {
         std::fs::write(file.path(), bytes).unwrap();
         refused(file.path())
     };

@@ -72,7 +72,7 @@ impl CgroupLease {
     }
 
     /// The group's directory in version 2, for `clone3` with `CLONE_INTO_CGROUP`
-    /// ([`SpawnInto`](super::SpawnInto)). `None` in version 1.
+    /// (`CLONE_INTO_CGROUP`). `None` in version 1.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         let slot = self.slot.as_ref()?;
         (self.version() == Version::V2).then(|| slot.folder(0))
