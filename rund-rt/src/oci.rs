@@ -168,7 +168,7 @@ impl Bundle {
         limits.memory = resources
             .memory()
             .as_ref()
-            .and_then(|memory| memory.limit())
+            .and_then(oci_spec::runtime::LinuxMemory::limit)
             .and_then(positive)
             .map(ByteSize::new);
         limits.processes = resources

@@ -1,6 +1,5 @@
 //! Control groups: leased once, limited, killed with their lease, and swept after their owner.
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
-#![allow(clippy::print_stderr, reason = "a skip is said aloud")]
 #![allow(
     clippy::zombie_processes,
     reason = "what is left behind is what is tested"
@@ -83,7 +82,11 @@ fn limiting() -> Option<Hierarchy> {
     if hierarchy.has(Controller::Memory) && hierarchy.has(Controller::Pids) {
         return Some(hierarchy);
     }
-    eprintln!("SKIPPED memory controller: mount or delegate it");
+    // Past the capture of the test harness: a skip that nobody sees is a lie.
+    let _nobody_listens = std::io::Write::write_all(
+        &mut std::io::stderr(),
+        b"SKIPPED memory controller: mount or delegate it\n",
+    );
     None
 }
 

@@ -1,6 +1,5 @@
 //! The backend `qemu`: a real Linux guest, booted once and cloned.
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
-#![allow(clippy::print_stderr, reason = "a skip is said aloud")]
 
 use std::collections::HashSet;
 use std::fs;
@@ -32,7 +31,11 @@ fn kernel() -> Option<PathBuf> {
             }
         }
     }
-    eprintln!("SKIPPED kernel image: cargo xtask vm");
+    // Past the capture of the test harness: a skip that nobody sees is a lie.
+    let _nobody_listens = std::io::Write::write_all(
+        &mut std::io::stderr(),
+        b"SKIPPED kernel image: cargo xtask vm\n",
+    );
     None
 }
 

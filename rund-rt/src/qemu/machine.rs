@@ -103,15 +103,8 @@ impl Machine {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null());
-        // SAFETY: prctl is async-signal-safe, and takes numbers.
-        unsafe {
-            command.pre_exec(|| {
-                match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) {
-                    0 => Ok(()),
-                    _ => Err(io::Error::last_os_error()),
-                }
-            });
-        }
+        // SAFETY: between fork and exec it makes one system call, which is async-signal-safe.
+        unsafe { command.pre_exec(die_with_parent) };
         let mut child = command.spawn().map_err(failed("start"))?;
         let monitor = Monitor::connect(&socket, &mut child, deadline);
         let _opened = std::fs::remove_file(&socket);
@@ -201,6 +194,15 @@ impl Drop for Machine {
     fn drop(&mut self) {
         let _gone = self.child.kill();
         let _gone = self.child.wait();
+    }
+}
+
+/// Has the kernel kill this process with the thread that started it.
+fn die_with_parent() -> io::Result<()> {
+    // SAFETY: prctl takes numbers, and writes no memory.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

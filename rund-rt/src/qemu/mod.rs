@@ -215,7 +215,7 @@ impl Backend for Qemu {
         let output = machine.output.take();
         // A guest that never gets there would be waited for for ever.
         let watchdog = Watchdog::start(machine.pid(), spec.deadline)?;
-        let reached = output.map(|output| read_until_ready(output));
+        let reached = output.map(read_until_ready);
         drop(watchdog);
         match reached {
             Some(Ok(())) => {}
