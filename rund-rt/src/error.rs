@@ -167,7 +167,6 @@ pub enum Error {
 
 impl Error {
     /// For `map_err`: what was tried on what.
-    #[allow(dead_code)]
     pub(crate) fn io(
         what: &'static str,
         path: impl Into<PathBuf>,

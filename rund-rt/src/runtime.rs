@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::{Backend, Capabilities, CloneSpec, Isolation, Template, TemplateSpec};
+use crate::cgroup::CgroupPool;
 use crate::error::{Error, Result};
 use crate::sandbox::Sandbox;
 
@@ -13,6 +14,7 @@ use crate::sandbox::Sandbox;
 pub struct RuntimeBuilder {
     backend: Option<Box<dyn Backend>>,
     helper: Option<PathBuf>,
+    cgroups: Option<Arc<CgroupPool>>,
     least: Option<Isolation>,
 }
 
@@ -32,6 +34,14 @@ impl RuntimeBuilder {
         self
     }
 
+    /// With a control group from `pool` for each sandbox of the default backend. Another backend
+    /// is given its pool itself.
+    #[must_use]
+    pub fn cgroups(mut self, pool: Arc<CgroupPool>) -> Self {
+        self.cgroups = Some(pool);
+        self
+    }
+
     /// Refuses where the isolation is not a virtual machine's.
     #[must_use]
     pub fn require_vm(mut self) -> Self {
@@ -46,7 +56,7 @@ impl RuntimeBuilder {
     pub fn build(self) -> Result<Runtime> {
         let backend = match self.backend {
             Some(backend) => backend,
-            None => default_backend(self.helper)?,
+            None => default_backend(self.helper, self.cgroups)?,
         };
         let capabilities = backend.probe()?;
         if let Some(wanted) = self.least
@@ -67,16 +77,25 @@ impl RuntimeBuilder {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn default_backend(helper: Option<PathBuf>) -> Result<Box<dyn Backend>> {
+fn default_backend(
+    helper: Option<PathBuf>,
+    cgroups: Option<Arc<CgroupPool>>,
+) -> Result<Box<dyn Backend>> {
     let mut backend = crate::kvm_elf::KvmElf::new();
     if let Some(helper) = helper {
         backend = backend.helper(helper);
+    }
+    if let Some(pool) = cgroups {
+        backend = backend.cgroups(pool);
     }
     Ok(Box::new(backend))
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn default_backend(_helper: Option<PathBuf>) -> Result<Box<dyn Backend>> {
+fn default_backend(
+    _helper: Option<PathBuf>,
+    _cgroups: Option<Arc<CgroupPool>>,
+) -> Result<Box<dyn Backend>> {
     Err(Error::Unavailable {
         backend: "kvm-elf",
         why: "it is for x86-64".into(),

@@ -1,6 +1,12 @@
 //! Unmodified busybox in `kvm-elf` says what it says on the host: standard output, standard error
 //! and exit code, byte by byte.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test says what went wrong by failing"
+)]
+
 mod common;
 
 use std::process::Command;
@@ -32,7 +38,7 @@ fn shell_code(status: std::process::ExitStatus) -> i32 {
     status
         .code()
         .or(status.signal().map(|signal| 128 + signal))
-        .unwrap()
+        .expect("it has ended")
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The stops of the tour, one module a crate.
 
+mod rund_rt;
 mod tetris_store;
 
 use anyhow::Result;
@@ -7,11 +8,18 @@ use anyhow::Result;
 use crate::stop::Stop;
 
 /// All of them, in the order of the tour.
-pub(crate) const STOPS: &[Stop] = &[Stop {
-    name: "tetris-store",
-    job: "One copy of every tensor on the machine, whoever loads it.",
-    run: tetris_store::visit,
-}];
+pub(crate) const STOPS: &[Stop] = &[
+    Stop {
+        name: "tetris-store",
+        job: "One copy of every tensor on the machine, whoever loads it.",
+        run: tetris_store::visit,
+    },
+    Stop {
+        name: "rund-rt",
+        job: "Hundreds of secure sandboxes a second, thousands on a machine.",
+        run: rund_rt::visit,
+    },
+];
 
 /// Plays the role that this process was started in, if it was.
 pub(crate) fn play_role() -> Option<Result<()>> {

@@ -118,7 +118,7 @@ pub fn new_kernel(
         snapshot: None,
         draws: 0,
     };
-    kernel.set_name(&file_name(path).to_vec());
+    kernel.set_name(file_name(path));
     kernel
 }
 

@@ -169,11 +169,6 @@ impl Channel {
     pub fn is_ready(&self) -> bool {
         wait_readable(self.socket.as_fd(), Some(Instant::now())).is_ok()
     }
-
-    /// The descriptor, to wait for.
-    pub fn socket(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
 }
 
 /// Waits until there is something to read.

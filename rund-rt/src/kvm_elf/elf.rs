@@ -55,11 +55,6 @@ impl Segment {
 }
 
 impl LoadPlan {
-    /// First page of the program.
-    pub fn start(&self) -> u64 {
-        self.segments.first().map_or(0, |s| s.pages().start)
-    }
-
     /// End of the last page of the program.
     pub fn end(&self) -> u64 {
         self.segments.last().map_or(0, |s| s.pages().end)

@@ -243,10 +243,10 @@ impl Guest {
 
     /// Lets the guest go on with `regs`, at its own privilege.
     fn go_on(&mut self, regs: kvm_regs, from_ring0: bool) -> Option<End> {
-        if from_ring0 || self.way_back == Return::Sysret {
-            if let Err(why) = self.machine.to_user_mode() {
-                return Some(End::Broken(why.to_string()));
-            }
+        if (from_ring0 || self.way_back == Return::Sysret)
+            && let Err(why) = self.machine.to_user_mode()
+        {
+            return Some(End::Broken(why.to_string()));
         }
         *self.machine.regs() = regs;
         None

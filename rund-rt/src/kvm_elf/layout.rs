@@ -24,8 +24,6 @@ pub const MMAP_START: u64 = 0x7f_0000_0000;
 pub const STACK_TOP: u64 = 0x7f_8000_0000;
 /// Beginning of the guest's side of this backend: tables, the system call entry, the shim's data.
 pub const SYSTEM_START: u64 = 0x7f_c000_0000;
-/// The guest's user addresses end here.
-pub const USER_END: u64 = SYSTEM_START;
 
 /// Size of the stack.
 pub const STACK: u64 = 2 << 20;

@@ -109,7 +109,7 @@ impl Host {
 pub struct Machine {
     // In this order: the processor goes before its machine.
     vcpu: VcpuFd,
-    vm: VmFd,
+    _vm: VmFd,
 }
 
 /// Words of the area in which vectors are saved; XCR0 leaves out what needs more.
@@ -195,7 +195,7 @@ impl Machine {
         cpu::set_system_registers(&mut sregs, root);
         vcpu.set_sregs(&sregs)
             .map_err(refused("set the system registers"))?;
-        let mut machine = Self { vcpu, vm };
+        let mut machine = Self { vcpu, _vm: vm };
         machine.set_xcr0(host.xcr0)?;
         machine.set_msrs(&[
             (cpu::MSR_STAR, cpu::STAR),
@@ -210,7 +210,7 @@ impl Machine {
     /// Runs the guest until it leaves the machine.
     pub fn run(&mut self) -> Stop {
         self.vcpu.set_sync_dirty_reg(SyncReg::Register);
-        let stop = match self.vcpu.run() {
+        match self.vcpu.run() {
             Ok(VcpuExit::IoOut(CALL_PORT, _)) => Stop::Call,
             Ok(VcpuExit::IoOut(port, _))
                 if (EXCEPTION_PORT..EXCEPTION_PORT + 32).contains(&port) =>
@@ -224,8 +224,7 @@ impl Machine {
                 Stop::Interrupted
             }
             Err(why) => Stop::Broken(format!("KVM cannot run it: {why}")),
-        };
-        stop
+        }
     }
 
     /// The guest's general registers, as of the last time it stopped.
@@ -372,10 +371,5 @@ impl Machine {
         synchronised.sregs = saved.sregs;
         self.vcpu.set_sync_dirty_reg(SyncReg::SystemRegister);
         Ok(())
-    }
-
-    /// Whether machine-wide capability `cap` is there.
-    pub fn has(&self, cap: Cap) -> bool {
-        self.vm.check_extension(cap)
     }
 }

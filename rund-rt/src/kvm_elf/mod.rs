@@ -48,6 +48,7 @@ use crate::backend::{
     Backend, Capabilities, CloneSpec, Instance, Isolation, Output, Reuse, SavedState,
     SnapshotPoint, Stdin, Template, TemplateSpec,
 };
+use crate::cgroup::{CgroupLease, CgroupPool};
 use crate::error::{Error, Result};
 
 use owner::{Home, Monitor, Pipes, Zygote, lock, start_zygote};
@@ -75,9 +76,14 @@ fn unavailable(why: String) -> Error {
 }
 
 /// The backend.
+///
+/// With [`cgroups`](Self::cgroups) each clone leases a control group and has a monitor process of its
+/// own ([`Reuse::Fresh`]), since a process that was in a group stays charged to it; its limits of
+/// memory and processors are met. Without, a clone with such limits is refused.
 #[derive(Debug, Default)]
 pub struct KvmElf {
     helper: Option<PathBuf>,
+    cgroups: Option<Arc<CgroupPool>>,
 }
 
 impl KvmElf {
@@ -90,6 +96,13 @@ impl KvmElf {
     #[must_use]
     pub fn helper(mut self, program: impl Into<PathBuf>) -> Self {
         self.helper = Some(program.into());
+        self
+    }
+
+    /// With control groups from `pool`.
+    #[must_use]
+    pub fn cgroups(mut self, pool: Arc<CgroupPool>) -> Self {
+        self.cgroups = Some(pool);
         self
     }
 
@@ -240,8 +253,21 @@ impl Backend for KvmElf {
                 why: "with backend kvm-elf a clone's root is its template's".into(),
             });
         }
-        let prepared = Prepared::new(spec, &kept.pool)?;
-        kept.start(prepared)
+        let cgroup = match &self.cgroups {
+            Some(pool) => Some(pool.lease(&spec.limits)?),
+            None if spec.limits.memory.is_some() || spec.limits.cpus.is_some() => {
+                return Err(Error::NoController {
+                    what: "memory and processors",
+                    why: "the backend was given no pool of control groups".into(),
+                });
+            }
+            None => None,
+        };
+        let mut prepared = Prepared::new(spec, &kept.pool)?;
+        if cgroup.is_some() {
+            prepared.start.reuse = Reuse::Fresh;
+        }
+        kept.start(prepared, cgroup)
     }
 }
 
@@ -302,7 +328,7 @@ impl Home for Pool {
 }
 
 impl Kept {
-    fn start(&self, prepared: Prepared) -> Result<Box<dyn Instance>> {
+    fn start(&self, prepared: Prepared, cgroup: Option<CgroupLease>) -> Result<Box<dyn Instance>> {
         let Prepared { start, fds, pipes } = prepared;
         let waiting = {
             let mut idle = lock(&self.pool.idle);
@@ -319,6 +345,9 @@ impl Kept {
             None => lock(&self.pool.zygote).spawn()?,
         };
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        if let Some(cgroup) = &cgroup {
+            cgroup.add(monitor.pid().unsigned_abs())?;
+        }
         monitor.start(start, &fds)?;
         let home: Arc<dyn Home> = Arc::clone(&self.pool) as Arc<dyn Home>;
         Ok(Box::new(owner::Clone::new(
@@ -326,6 +355,7 @@ impl Kept {
             home,
             pipes,
             self.isolation,
+            cgroup,
         )))
     }
 }

@@ -55,6 +55,7 @@ impl Template {
 
 /// Runs a monitor until the owner is gone; gives the process' exit code.
 pub fn run(surroundings: &Rc<Surroundings>, template: &Rc<Template>, owner: Channel) -> i32 {
+    let _only_a_name = nix::sys::prctl::set_name(c"rund-monitor");
     let mut monitor = match Monitor::new(surroundings, template) {
         Ok(monitor) => monitor,
         Err(why) => {
@@ -464,7 +465,7 @@ fn end_child(guest: &mut Guest, end: End) -> ! {
             // SAFETY: the default action of a signal, which ends this process.
             unsafe { libc::signal(signal, libc::SIG_DFL) };
             // SAFETY: as above.
-            unsafe { libc::kill(libc::getpid(), signal) };
+            unsafe { libc::raise(signal) };
             128 + signal
         }
         _ => 125,

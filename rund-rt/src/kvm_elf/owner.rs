@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::backend::{Exit, Instance, Isolation, Kill, KillHandle, Stats, Status};
+use crate::cgroup::CgroupLease;
 use crate::error::{Error, Result};
 use crate::init;
 
@@ -142,10 +143,6 @@ impl Zygote {
                 .map_err(|why| monitor.gone(why))?;
         }
         Ok(monitor)
-    }
-
-    pub(super) fn pid(&self) -> u32 {
-        self.process.id()
     }
 }
 
@@ -285,6 +282,8 @@ pub(super) struct Clone {
     isolation: Isolation,
     pid: i32,
     began: Instant,
+    // Given back when its process is dead.
+    cgroup: Option<CgroupLease>,
 }
 
 #[derive(Debug)]
@@ -305,6 +304,7 @@ impl Clone {
         home: Arc<dyn Home>,
         pipes: Pipes,
         isolation: Isolation,
+        cgroup: Option<CgroupLease>,
     ) -> Self {
         Self {
             target: Arc::new(Target(Mutex::new(Some(Arc::clone(&monitor.pidfd))))),
@@ -322,6 +322,7 @@ impl Clone {
             pipes: Mutex::new(pipes),
             isolation,
             began: Instant::now(),
+            cgroup,
         }
     }
 
@@ -332,6 +333,7 @@ impl Clone {
             template_hit: true,
             recycled: ended.recycled,
             split_rootfs: ended.split_rootfs,
+            pooled_cgroup: self.cgroup.is_some(),
             pid: Some(self.pid.unsigned_abs()),
             start: ended.start,
             run: ended.run,
@@ -489,6 +491,7 @@ impl Instance for Clone {
             backend: BACKEND.to_owned(),
             isolation: Some(self.isolation),
             template_hit: true,
+            pooled_cgroup: self.cgroup.is_some(),
             pid: Some(self.pid.unsigned_abs()),
             run: self.began.elapsed(),
             pss: pss(self.pid),

@@ -59,7 +59,7 @@ pub fn write(memory: &mut impl Words, layout: &Layout) -> Result<u64, String> {
             tables.map(SYSTEM_START + offset, offset | bits, false)?;
         }
     }
-    debug_assert!(IMAGE_END < SYSTEM_START);
+    const { assert!(IMAGE_END < SYSTEM_START) };
     Ok(system::TABLES)
 }
 

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -105,7 +105,7 @@ impl State {
     /// # Errors
     /// What cannot be, in words.
     pub fn check(&self, file_len: u64) -> std::result::Result<(), String> {
-        if self.memory > MOST_MEMORY || self.memory % LARGE != 0 {
+        if self.memory > MOST_MEMORY || !self.memory.is_multiple_of(LARGE) {
             return Err(format!("a memory of {} bytes", self.memory));
         }
         let mut end = 0;
@@ -129,7 +129,7 @@ impl State {
         if offset.checked_add(len).is_none_or(|end| end > file_len) {
             return Err("a program outside of it".into());
         }
-        if self.root % PAGE != 0 || self.root >= LARGE {
+        if !self.root.is_multiple_of(PAGE) || self.root >= LARGE {
             return Err("page tables outside of it".into());
         }
         if (self.snapshot == SnapshotPoint::Entry) != self.registers.is_none() {
@@ -342,9 +342,4 @@ impl Drop for Pages {
         // SAFETY: the mapping is this value's own.
         let _cannot_fail = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
     }
-}
-
-/// Descriptor number of a file, for messages.
-pub fn number(file: &OwnedFd) -> i32 {
-    file.as_raw_fd()
 }

@@ -32,6 +32,7 @@ pub struct Surroundings {
 
 /// Runs a zygote on the channel that is standard input, until the owner is gone.
 pub fn run() -> i32 {
+    let _only_a_name = nix::sys::prctl::set_name(c"rund-zygote");
     // SAFETY: descriptor 0 is the channel that the owner gave, and nobody else uses it here.
     let mut owner = Channel::new(unsafe { OwnedFd::from_raw_fd(0) });
     // What the owner had open without meaning to pass it on. Standard error stays.

@@ -75,7 +75,7 @@ pub fn getrusage(memory: &GuestMemory, _who: u64, into: u64) -> Answer {
 
 /// `sched_getaffinity`: one processor.
 pub fn affinity(memory: &GuestMemory, len: u64, into: u64) -> Answer {
-    if len < 8 || len % 8 != 0 {
+    if len < 8 || !len.is_multiple_of(8) {
         return Err(Errno::EINVAL);
     }
     memory.write(into, &1u64.to_le_bytes())?;
@@ -371,7 +371,7 @@ fn script(program: &[u8]) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
     let line = program.strip_prefix(b"#!")?;
     let line = line.split(|byte| *byte == b'\n').next()?;
     let line = line.get(..line.len().min(255))?.trim_ascii();
-    let mut words = line.splitn(2, |byte| byte.is_ascii_whitespace());
+    let mut words = line.splitn(2, u8::is_ascii_whitespace);
     let interpreter = words.next()?.to_vec();
     let argument = words.next().map(|rest| rest.trim_ascii().to_vec());
     (!interpreter.is_empty()).then_some((interpreter, argument.filter(|it| !it.is_empty())))

@@ -94,7 +94,7 @@ impl Space {
     /// `munmap`
     pub fn unmap(&mut self, memory: &GuestMemory, address: u64, len: u64) -> Answer {
         let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
-        if address % PAGE != 0 || len == 0 {
+        if !address.is_multiple_of(PAGE) || len == 0 {
             return Err(Errno::EINVAL);
         }
         let next = self.next(memory);
@@ -134,7 +134,12 @@ impl Space {
         flags: u64,
     ) -> Answer {
         let (most, least) = (self.area.1 - self.area.0, self.area.0);
-        if old % PAGE != 0 || old_len == 0 || new_len == 0 || old_len > most || new_len > most {
+        if !old.is_multiple_of(PAGE)
+            || old_len == 0
+            || new_len == 0
+            || old_len > most
+            || new_len > most
+        {
             return Err(Errno::EINVAL);
         }
         let (old_len, new_len) = (page_up(old_len), page_up(new_len));
@@ -165,7 +170,7 @@ impl Space {
 
     /// `madvise`: what is not needed reads as zeros afterwards.
     pub fn advise(&self, memory: &GuestMemory, address: u64, len: u64, advice: u64) -> Answer {
-        if advice == libc::MADV_DONTNEED as u64 && address % PAGE == 0 {
+        if advice == libc::MADV_DONTNEED as u64 && address.is_multiple_of(PAGE) {
             let end = address.checked_add(len).ok_or(Errno::EINVAL)?;
             if address >= self.area.0 && end <= self.next(memory) {
                 memory.zero(address, len)?;
@@ -227,7 +232,8 @@ impl Kernel {
     fn map_fixed(&mut self, memory: &GuestMemory, address: u64, len: u64, flags: i32) -> Answer {
         let end = address.checked_add(len).ok_or(Errno::ENOMEM)?;
         let inside = address >= self.space.area.0 && end <= self.space.next(memory);
-        if !inside || flags & libc::MAP_ANONYMOUS == 0 || address % PAGE != 0 || len == 0 {
+        if !inside || flags & libc::MAP_ANONYMOUS == 0 || !address.is_multiple_of(PAGE) || len == 0
+        {
             return Err(Errno::ENOMEM);
         }
         if flags & libc::MAP_FIXED_NOREPLACE != 0 {
