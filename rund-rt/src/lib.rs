@@ -64,6 +64,7 @@ mod init;
 mod kvm_elf;
 pub mod oci;
 mod process;
+mod qemu;
 pub mod rootfs;
 mod runtime;
 mod sandbox;
@@ -77,5 +78,6 @@ pub use init::init;
 #[cfg(target_arch = "x86_64")]
 pub use kvm_elf::KvmElf;
 pub use process::ProcessBackend;
+pub use qemu::{Qemu, initramfs as qemu_initramfs};
 pub use runtime::{Runtime, RuntimeBuilder};
 pub use sandbox::Sandbox;
