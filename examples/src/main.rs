@@ -45,6 +45,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     // The tour starts itself again for whatever takes more than one process.
+    rund_rt::init();
     if let Some(end) = stops::play_role() {
         return end.map_or_else(
             |why| {

@@ -1,6 +1,7 @@
 //! The stops of the tour, one module a crate.
 
 mod directcxl;
+mod rund_rt;
 mod tetris_store;
 
 use anyhow::Result;
@@ -18,6 +19,11 @@ pub(crate) const STOPS: &[Stop] = &[
         name: "directcxl",
         job: "CXL memory as named, mappable, crash-safe namespaces.",
         run: directcxl::visit,
+    },
+    Stop {
+        name: "rund-rt",
+        job: "Hundreds of secure sandboxes a second, thousands on a machine.",
+        run: rund_rt::visit,
     },
 ];
 

@@ -48,8 +48,14 @@ pub enum Capability {
     Ksm,
     /// `/dev/kvm` can be opened.
     Kvm,
+    /// `runc`, and the right to run containers with it.
+    Runc,
+    /// A statically linked busybox.
+    Busybox,
     /// A QEMU that emulates x86-64.
     Qemu,
+    /// containerd, `ctr` and runc.
+    Containerd,
     /// A CUDA driver with a device.
     Cuda,
     /// A writable control group hierarchy.
@@ -66,7 +72,7 @@ use Capability as C;
 
 impl Capability {
     /// Every capability, in the order in which `cargo xtask doctor` lists them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 18] = [
         C::Root,
         C::Namespaces,
         C::SharedMemory,
@@ -77,7 +83,10 @@ impl Capability {
         C::Ksm,
         C::ControlGroups,
         C::Kvm,
+        C::Busybox,
+        C::Runc,
         C::Qemu,
+        C::Containerd,
         C::Cuda,
         C::OnnxRuntime,
         C::Torch,
@@ -96,7 +105,10 @@ impl Capability {
             C::Userfaultfd => "userfaultfd",
             C::Ksm => "ksm",
             C::Kvm => "kvm",
+            C::Busybox => "busybox",
+            C::Runc => "runc",
             C::Qemu => "qemu",
+            C::Containerd => "containerd",
             C::Cuda => "cuda",
             C::ControlGroups => "cgroups",
             C::OnnxRuntime => "onnxruntime",
@@ -125,7 +137,10 @@ impl Capability {
             }
             C::Ksm => "run as root on a kernel with CONFIG_KSM",
             C::Kvm => "load the kvm module and join the group of /dev/kvm",
+            C::Busybox => "apt install busybox-static",
+            C::Runc => "apt install runc, and run as root",
             C::Qemu => "apt install qemu-system-x86",
+            C::Containerd => "apt install containerd runc",
             C::Cuda => "an NVIDIA GPU with its driver",
             C::ControlGroups => "run as root with /sys/fs/cgroup mounted writable",
             C::OnnxRuntime | C::Torch => "cargo xtask peers --install",
@@ -234,7 +249,14 @@ impl Capability {
             },
             C::Ksm => writable("/sys/kernel/mm/ksm/run"),
             C::Kvm => writable("/dev/kvm"),
+            C::Busybox => busybox(),
+            C::Runc if !nix::unistd::geteuid().is_root() => State::Missing("not root".to_owned()),
+            C::Runc => runs("runc", &["--version"]),
             C::Qemu => runs("qemu-system-x86_64", &["--version"]),
+            C::Containerd => match (C::Runc.probe(), runs("ctr", &["--version"])) {
+                (State::Present(_), State::Present(_)) => runs("containerd", &["--version"]),
+                (State::Missing(why), _) | (_, State::Missing(why)) => State::Missing(why),
+            },
             C::Cuda => cuda(),
             C::ControlGroups => control_groups(),
             C::OnnxRuntime | C::Torch => match self.import().and_then(python_with) {
@@ -363,6 +385,18 @@ fn runs(program: &str, arguments: &[&str]) -> State {
             line if line.is_empty() => format!("{program} failed"),
             line => line,
         }),
+    }
+}
+
+/// One that names no program which loads it.
+fn busybox() -> State {
+    let path = "/usr/bin/busybox";
+    match fs::read(path) {
+        Ok(bytes) => {
+            let is_static = !bytes.windows(12).any(|part| part == b"/lib64/ld-li");
+            State::of(is_static, "static", || path.to_owned())
+        }
+        Err(why) => State::Missing(format!("{path}: {why}")),
     }
 }
 

@@ -1,0 +1,153 @@
+//! The virtual processor as a guest program finds it: long mode, user privilege.
+
+use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
+
+use super::layout::{SYSTEM_START, system};
+use super::page_table::Words;
+use super::shim;
+
+/// Selectors, with the requested privilege.
+const KERNEL_CODE: u16 = 0x10;
+const USER_DATA: u16 = 0x2b;
+const USER_CODE: u16 = 0x33;
+const TASK: u16 = 0x38;
+
+/// Protection, monitoring, extension type, numeric errors, write protection, alignment, paging.
+const CR0: u64 = 0x8005_0033;
+/// PAE, OSFXSR, OSXMMEXCPT, FSGSBASE, OSXSAVE. With PCIDE a PVM-type KVM refuses the registers.
+const CR4: u64 = 0x5_0620;
+/// System call extensions, long mode enabled and active, no-execute.
+const EFER: u64 = 0xd01;
+/// x87, SSE, AVX and AVX-512 state: what of XCR0 a guest gets where the processor has it.
+pub const XCR0: u64 = 0xe7;
+
+/// MSR numbers (AMD64 manual, volume 2, appendix A).
+pub const MSR_STAR: u32 = 0xc000_0081;
+pub const MSR_LSTAR: u32 = 0xc000_0082;
+pub const MSR_SFMASK: u32 = 0xc000_0084;
+/// Base selectors of `syscall` (kernel) and `sysret` (user).
+pub const STAR: u64 = 0x23 << 48 | 0x10 << 32;
+
+/// Size of the task state segment without its port map.
+const TSS_SIZE: u64 = 0x68;
+/// Ports whose permission is described: up to those of the exceptions.
+const PORTS: u64 = 0xc0;
+
+/// Writes descriptor tables and the task state segment.
+pub fn write_tables(memory: &mut impl Words) {
+    let gdt = [
+        (2, code_descriptor(0)),
+        (3, data_descriptor(0)),
+        (4, data_descriptor(3)),
+        (5, data_descriptor(3)),
+        (6, code_descriptor(3)),
+    ];
+    for (slot, descriptor) in gdt {
+        memory.set_word(system::GDT + slot * 8, descriptor);
+    }
+    let tss = SYSTEM_START + system::TSS;
+    let limit = TSS_SIZE + PORTS / 8;
+    let low = limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
+    memory.set_word(system::GDT + u64::from(TASK), low);
+    memory.set_word(system::GDT + u64::from(TASK) + 8, tss >> 32);
+
+    // rsp0 lies at offset 4, across two words; then the port map's offset at 0x66.
+    let stack = SYSTEM_START + system::EXCEPTION_STACK_TOP;
+    memory.set_word(system::TSS, stack << 32);
+    memory.set_word(system::TSS + 8, stack >> 32);
+    memory.set_word(system::TSS + 0x60, TSS_SIZE << 48);
+    // A bit for each port: set is forbidden. Only those of the shim are not.
+    let open = |port: u64| {
+        // A word goes to four ports at once.
+        (u64::from(shim::CALL_PORT)..u64::from(shim::CALL_PORT) + 4).contains(&port)
+            || (u64::from(shim::EXCEPTION_PORT)..u64::from(shim::EXCEPTION_PORT) + 32)
+                .contains(&port)
+    };
+    for word in 0..PORTS / 64 {
+        let bits = (0..64).fold(0, |bits, bit| {
+            bits | u64::from(!open(word * 64 + bit)) << bit
+        });
+        memory.set_word(system::TSS + TSS_SIZE + word * 8, bits);
+    }
+    memory.set_word(system::TSS + TSS_SIZE + PORTS / 8, u64::MAX);
+
+    for vector in 0..32 {
+        let handler = shim::handler(vector);
+        // Breakpoints may be raised by user mode itself.
+        let privilege = if matches!(vector, 3 | 4) { 3 } else { 0 };
+        let low = (handler & 0xffff)
+            | u64::from(KERNEL_CODE) << 16
+            | (0x8e | privilege << 5) << 40
+            | (handler >> 16 & 0xffff) << 48;
+        memory.set_word(system::IDT + vector * 16, low);
+        memory.set_word(system::IDT + vector * 16 + 8, handler >> 32);
+    }
+}
+
+/// Present, accessed, executable, readable, 64-bit.
+const fn code_descriptor(privilege: u64) -> u64 {
+    0x00af_9b00_0000_ffff | privilege << 45
+}
+
+/// Present, accessed, writable, 32-bit.
+const fn data_descriptor(privilege: u64) -> u64 {
+    0x00cf_9300_0000_ffff | privilege << 45
+}
+
+/// Code and stack segments of user privilege.
+pub fn set_user_mode(sregs: &mut kvm_sregs) {
+    sregs.cs = user_segment(USER_CODE, 11, 1);
+    sregs.ss = user_segment(USER_DATA, 3, 0);
+}
+
+const fn user_segment(selector: u16, type_: u8, long: u8) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        dpl: 3,
+        db: 1 - long,
+        s: 1,
+        l: long,
+        g: 1,
+        avl: 0,
+        unusable: 0,
+        padding: 0,
+    }
+}
+
+/// Sets the registers that a guest program cannot, on top of what the processor began with.
+pub fn set_system_registers(sregs: &mut kvm_sregs, root: u64) {
+    set_user_mode(sregs);
+    let data = user_segment(USER_DATA, 3, 0);
+    (sregs.ds, sregs.es) = (data, data);
+    (sregs.fs, sregs.gs) = (data, data);
+    sregs.tr = kvm_segment {
+        base: SYSTEM_START + system::TSS,
+        limit: (TSS_SIZE + PORTS / 8) as u32,
+        selector: TASK,
+        type_: 11,
+        present: 1,
+        dpl: 0,
+        db: 0,
+        s: 0,
+        l: 0,
+        g: 0,
+        avl: 0,
+        unusable: 0,
+        padding: 0,
+    };
+    let table = |offset: u64, limit: u16| kvm_dtable {
+        base: SYSTEM_START + offset,
+        limit,
+        padding: [0; 3],
+    };
+    sregs.gdt = table(system::GDT, TASK + 15);
+    sregs.idt = table(system::IDT, 32 * 16 - 1);
+    sregs.cr0 = CR0;
+    sregs.cr3 = root;
+    sregs.cr4 = CR4;
+    sregs.efer = EFER;
+}
