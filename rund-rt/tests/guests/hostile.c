@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -45,17 +46,34 @@ static int pointers(void) {
     return 0;
 }
 
+static sigjmp_buf back;
+static void jump(int signal) {
+    (void)signal;
+    siglongjmp(back, 1);
+}
+
+// Whether this program could read the byte itself.
+static int readable(uint64_t at) {
+    signal(SIGSEGV, jump);
+    if (sigsetjmp(back, 1)) return 0;
+    (void)*(volatile char *)at;
+    return 1;
+}
+
+// Whoever writes for the program reads what the program could, and nothing else.
 static int write_from(void) {
-    int refused = 0;
+    int wrong = 0;
     for (size_t i = 0; i < WILDS; i++) {
         ssize_t n = syscall(SYS_write, 1, wild[i], 16);
-        refused += n == -1 && errno == EFAULT;
+        int refused = n == -1 && errno == EFAULT;
+        // The host refuses what lies beyond a program's own memory; the shim need not.
+        wrong += !refused && !readable(wild[i]);
     }
     struct iovec parts[2] = {{(void *)0xffffffff81000000, 8}, {(void *)0, 8}};
-    refused += writev(1, parts, 2) == -1 && errno == EFAULT;
-    refused += syscall(SYS_read, 0, 0xffff800000000000, 16) == -1 && errno == EFAULT;
-    refused += syscall(SYS_clock_gettime, 1, 0x7fc0001000) == -1 && errno == EFAULT;
-    fprintf(stderr, "refused %d\n", refused);
+    wrong += !(writev(1, parts, 2) == -1 && errno == EFAULT);
+    wrong += !(syscall(SYS_read, 0, 0xffff800000000000, 16) == -1 && errno == EFAULT);
+    wrong += !(syscall(SYS_clock_gettime, 1, 0x7fc0001000) == -1 && errno == EFAULT);
+    fprintf(stderr, "%d wrong\n", wrong);
     return 0;
 }
 
@@ -92,7 +110,7 @@ int main(int argc, char **argv) {
     }
     if (!strcmp(what, "ud2")) { __asm__ volatile("ud2"); return 0; }
     if (!strcmp(what, "int80")) { __asm__ volatile("int $0x80" ::"a"(1)); return 0; }
-    if (!strcmp(what, "div")) { volatile int zero = 0; return 1 / zero; }
+    if (!strcmp(what, "div")) { volatile int one = 1, zero = 0; return one / zero; }
     if (!strcmp(what, "loop")) for (;;) __asm__ volatile("");
     if (!strcmp(what, "sleep")) for (;;) pause(), sleep(1000);
     if (!strcmp(what, "recurse")) {
@@ -151,7 +169,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     if (!strcmp(what, "fill")) {
-        int file = open("/tmp/big", O_WRONLY | O_CREAT, 0600);
+        int file = open("/big", O_WRONLY | O_CREAT, 0600);
         static char block[1 << 16];
         ssize_t n;
         size_t total = 0;
