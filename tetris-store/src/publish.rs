@@ -10,14 +10,15 @@
 //! without: the first to publish wins, and the other copy goes away.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::lock::{Lock, try_lock, wait_lock};
+use crate::regular::open_or_make;
 
 /// The right to fill one file. Dropping it lets the next one in.
 #[derive(Debug)]
@@ -74,14 +75,7 @@ impl Claim {
 }
 
 fn open(path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map_err(Error::io("claim", path))
+    open_or_make(path).map_err(Error::io("claim", path))
 }
 
 /// Whether `path` still names the file that was locked: the holder before may have removed it.

@@ -80,6 +80,27 @@ pub(crate) fn read(file: &mut File, path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The file at `path`, to be locked by the store's owner; made with mode 0600, whatever the umask,
+/// where there is none.
+pub(crate) fn open_or_make(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    loop {
+        match options.open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            opened => return opened,
+        }
+        match options.clone().create_new(true).open(path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            made => {
+                let file = made?;
+                file.set_permissions(Permissions::from_mode(0o600))?;
+                return Ok(file);
+            }
+        }
+    }
+}
+
 /// Makes the directory `path` with this mode, whatever the umask; leaves one that is there alone.
 pub(crate) fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
     match DirBuilder::new().mode(mode).create(path) {

@@ -12,9 +12,8 @@
 //! tmp/      claims on fills, reservations
 //! ```
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ use crate::backing::{name, read_dir, unnamed};
 use crate::error::{Error, Result};
 use crate::id::{Domain, ModelId};
 use crate::lock::{Lock, try_lock, wait_lock};
-use crate::regular::{self, make_dir};
+use crate::regular::{self, make_dir, open_or_make};
 
 /// The directory and what this process may do there.
 #[derive(Debug)]
@@ -190,14 +189,7 @@ impl Root {
 /// A file to be locked by the store's owner alone: readers who could lock it could hold up every
 /// sweep.
 fn open_lock(path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map_err(Error::io("open", path))
+    open_or_make(path).map_err(Error::io("open", path))
 }
 
 const DIRECTORIES: [&str; 5] = ["objects", "models", "names", "hints", "tmp"];

@@ -1,6 +1,7 @@
 //! The store: what a process opens, and what it may ask.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -374,7 +375,12 @@ impl Inner {
             self.backing.touch(&object.id, Moment::IN_USE)?;
         }
         let hidden = self.root.tmp().join("boot");
-        fs::write(&hidden, &boot).map_err(Error::io("write", &hidden))?;
+        regular::open_or_make(&hidden)
+            .and_then(|mut file| {
+                file.set_len(0)?;
+                file.write_all(boot.as_bytes())
+            })
+            .map_err(Error::io("write", &hidden))?;
         fs::rename(&hidden, &seen).map_err(Error::io("write", &seen))
     }
 }

@@ -7,9 +7,9 @@
 //! brought or keep is charged to them, too; so a quota is no one's secret but one's own.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::ErrorKind;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::id::{ModelId, ObjectId};
 use crate::label;
 use crate::lock::{Lock, try_lock};
-use crate::regular::make_dir;
+use crate::regular::{make_dir, open_or_make};
 use crate::store::Store;
 use crate::view::Demand;
 
@@ -58,14 +58,7 @@ impl Owners {
             make_dir(&dir, 0o700).map_err(Error::io("create", dir))?;
         }
         let path = dir.join("lock");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(Error::io("open", &path))?;
+        let file = open_or_make(&path).map_err(Error::io("open", &path))?;
         if !try_lock(&file, Lock::Exclusive, &path)? {
             return Err(Error::AgentRunning { path });
         }
@@ -251,7 +244,12 @@ impl Owners {
             self.check_label(store, label, user)?;
         }
         let path = self.owner_of_label(label);
-        fs::write(&path, user.to_string()).map_err(Error::io("write", path))?;
+        open_or_make(&path)
+            .and_then(|mut file| {
+                file.set_len(0)?;
+                file.write_all(user.to_string().as_bytes())
+            })
+            .map_err(Error::io("write", path))?;
         store.set_label(label, model)
     }
 

@@ -1,10 +1,10 @@
 //! The agent's socket, its threads, and who may connect.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +29,7 @@ use super::wire::{Refusal, Reply};
 use super::{Access, AgentConfig, Served};
 use crate::error::{Error, Result};
 use crate::lock::{Lock, try_lock};
+use crate::regular::open_or_make;
 use crate::store::Store;
 
 /// How long a stopping agent waits for requests that it is working on.
@@ -297,14 +298,7 @@ fn lock_socket(socket: &Path) -> Result<File> {
     let mut name = socket.as_os_str().to_owned();
     name.push(".lock");
     let path = PathBuf::from(name);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(Error::io("open", &path))?;
+    let file = open_or_make(&path).map_err(Error::io("open", &path))?;
     if try_lock(&file, Lock::Exclusive, &path)? {
         Ok(file)
     } else {

@@ -45,12 +45,15 @@ impl TmpfsDir {
 
 /// An empty file without a name in `dir`; the kernel frees it if it never gets one.
 pub(crate) fn unnamed(dir: &Path) -> io::Result<File> {
-    OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .write(true)
         .mode(0o600)
         .custom_flags(OFlag::O_TMPFILE.bits())
-        .open(dir)
+        .open(dir)?;
+    // Whatever the umask: it is opened again by those who look for abandoned ones.
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    Ok(file)
 }
 
 /// Gives an unnamed file the name `path`; false where that is taken.
