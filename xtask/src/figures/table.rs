@@ -31,9 +31,12 @@ pub(crate) fn render_headline(readme: &Path, name: &str, judged: &[Judged]) -> R
     let Some(headline) = judged.first() else {
         return Ok(());
     };
-    let words = match (headline.ratio, &headline.baseline) {
-        (Some(ratio), Some(rival)) => {
+    let words = match (headline.ratio, &headline.baseline, headline.value) {
+        (Some(ratio), Some(rival), _) => {
             format!("{}: {}x {}", headline.what, number(ratio), rival.name)
+        }
+        (_, _, Some(value)) => {
+            format!("{}: {} {}", headline.what, number(value), headline.unit)
         }
         _ => headline.what.clone() + ": not measured",
     };
