@@ -125,7 +125,7 @@ pub enum Error {
     },
 
     /// A stored file is missing or not what its name says.
-    #[error("{} is damaged: {why}; ingest the model again to repair it", path.display())]
+    #[error("{} is damaged: {why}; `tetris verify --discard`, or `Store::discard`, takes it out, and the next ingest stores it anew", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

@@ -6,7 +6,7 @@
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -27,7 +27,7 @@ pub(crate) fn open(path: &Path) -> Result<Option<File>> {
         .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
         .open(path);
     match opened {
-        Ok(file) => check(&file, path).map(|()| Some(file)),
+        Ok(file) => check(&file, || path.to_owned()).map(|()| Some(file)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         // ELOOP: a symbolic link. ENXIO: a socket.
         Err(error)
@@ -35,25 +35,25 @@ pub(crate) fn open(path: &Path) -> Result<Option<File>> {
                 .iter()
                 .any(|errno| error.raw_os_error() == Some(*errno as i32)) =>
         {
-            Err(no_regular_file(path))
+            Err(no_regular_file(path.to_owned()))
         }
         Err(error) => Err(Error::io("open", path)(error)),
     }
 }
 
 /// Fails with [`Error::Damaged`] unless `file`, opened at `path`, is a regular file.
-pub(crate) fn check(file: &File, path: &Path) -> Result<()> {
-    let metadata = file.metadata().map_err(Error::io("look at", path))?;
-    if metadata.is_file() {
-        Ok(())
-    } else {
-        Err(no_regular_file(path))
+pub(crate) fn check(file: &File, path: impl FnOnce() -> PathBuf) -> Result<()> {
+    match file.metadata() {
+        Ok(metadata) if metadata.is_file() => Ok(()),
+        Ok(_) => Err(no_regular_file(path())),
+        Err(error) => Err(Error::io("look at", path())(error)),
     }
 }
 
-fn no_regular_file(path: &Path) -> Error {
+/// What is said of `path`, where something else lies.
+pub(crate) fn no_regular_file(path: PathBuf) -> Error {
     Error::Damaged {
-        path: path.to_owned(),
+        path,
         why: "it is not a regular file".to_owned(),
     }
 }
@@ -81,10 +81,14 @@ pub(crate) fn read(file: &mut File, path: &Path) -> Result<Vec<u8>> {
 }
 
 /// The file at `path`, to be locked by the store's owner; made with mode 0600, whatever the umask,
-/// where there is none.
+/// where there is none. A link is refused: one that leads nowhere can be neither opened nor made.
 pub(crate) fn open_or_make(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(0o600);
+    options
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(OFlag::O_NOFOLLOW.bits());
     loop {
         match options.open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -127,6 +131,21 @@ mod tests {
             assert!(matches!(error, Error::Damaged { .. }), "{name}: {error}");
         }
         assert!(open(&path("nothing")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_lock_that_is_a_link_is_refused_and_nobody_waits_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (lock, target) = (dir.path().join("lock"), dir.path().join("target"));
+        std::os::unix::fs::symlink(&target, &lock).unwrap();
+        for exists in [false, true] {
+            if exists {
+                fs::write(&target, "precious").unwrap();
+            }
+            let refused = open_or_make(&lock).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(Errno::ELOOP as i32));
+        }
+        assert_eq!(fs::read(&target).unwrap(), b"precious");
     }
 
     #[test]

@@ -79,13 +79,10 @@ impl Objects for TmpfsDir {
         match openat(&self.dir, Self::relative(id).as_str(), flags, Mode::empty()) {
             Ok(file) => {
                 let file = File::from(file);
-                regular::check(&file, &self.absolute(id)).map(|()| Some(file))
+                regular::check(&file, || self.absolute(id)).map(|()| Some(file))
             }
             Err(Errno::ENOENT) => Ok(None),
-            Err(Errno::ELOOP | Errno::ENXIO) => Err(Error::Damaged {
-                path: self.absolute(id),
-                why: "it is not a regular file".to_owned(),
-            }),
+            Err(Errno::ELOOP | Errno::ENXIO) => Err(regular::no_regular_file(self.absolute(id))),
             Err(errno) => Err(Error::io("open", self.absolute(id))(errno)),
         }
     }
