@@ -5,10 +5,10 @@
 )]
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use carlsbad_kit::capability::{Capability, cache_dir};
+use carlsbad_kit::capability::{Capability, guest_kernel};
 use carlsbad_kit::figure::{Figure, is_quick};
 use carlsbad_kit::sample::{Interleaved, interleave, median};
 use carlsbad_kit::scratch;
@@ -16,24 +16,6 @@ use carlsbad_types::ByteSize;
 use rund_rt::{Backend, CloneSpec, Instance, Qemu, TemplateSpec, qemu_initramfs};
 
 const BUSYBOX: &str = "/bin/busybox";
-
-/// The distribution's kernel, where `cargo xtask vm` has put it.
-fn kernel() -> Option<PathBuf> {
-    let images = fs::read_dir(cache_dir().join("vm")).ok()?;
-    for image in images.flatten() {
-        for file in fs::read_dir(image.path().join("boot"))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let name = file.file_name().to_string_lossy().into_owned();
-            if name.starts_with("vmlinuz-") && name.ends_with("cloud-amd64") {
-                return Some(file.path());
-            }
-        }
-    }
-    None
-}
 
 fn main() {
     let mut figure = Figure::new(
@@ -44,7 +26,7 @@ fn main() {
     if !Capability::Qemu.is_present() || !Path::new(BUSYBOX).exists() {
         return figure.without(Capability::Qemu).emit().unwrap();
     }
-    let Some(kernel) = kernel() else {
+    let Some(kernel) = guest_kernel() else {
         figure.skipped = Some("kernel image: cargo xtask vm".to_owned());
         return figure.emit().unwrap();
     };

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use carlsbad_kit::capability::{Capability, cache_dir};
+use carlsbad_kit::capability::{Capability, guest_kernel};
 use carlsbad_kit::leak::LeakGuard;
 use carlsbad_kit::scratch;
 use carlsbad_types::ByteSize;
@@ -18,18 +18,8 @@ const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
 
 /// The distribution's kernel, where `cargo xtask vm` has put it.
 fn kernel() -> Option<PathBuf> {
-    let images = fs::read_dir(cache_dir().join("vm")).ok()?;
-    for image in images.flatten() {
-        for file in fs::read_dir(image.path().join("boot"))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let name = file.file_name().to_string_lossy().into_owned();
-            if name.starts_with("vmlinuz-") && name.ends_with("cloud-amd64") {
-                return Some(file.path());
-            }
-        }
+    if let Some(kernel) = guest_kernel() {
+        return Some(kernel);
     }
     // Past the capture of the test harness: a skip that nobody sees is a lie.
     let _nobody_listens = std::io::Write::write_all(

@@ -324,6 +324,19 @@ pub fn cache_dir() -> PathBuf {
     }
 }
 
+/// The distribution's kernel for virtual machines, where `cargo xtask vm` has put one.
+pub fn guest_kernel() -> Option<PathBuf> {
+    let images = std::fs::read_dir(cache_dir().join("vm")).ok()?;
+    let boots = images.filter_map(|image| std::fs::read_dir(image.ok()?.path().join("boot")).ok());
+    boots
+        .flatten()
+        .filter_map(|file| Some(file.ok()?.path()))
+        .find(|file| {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with("vmlinuz-") && name.ends_with("cloud-amd64")
+        })
+}
+
 /// The directory of the larger models, as `cargo xtask data` fills it: `minilm-gt` and
 /// `minilm-model`, each with `model.safetensors`, `config.json` and `tokenizer.json`. Ask for
 /// [`Capability::Data`] first.

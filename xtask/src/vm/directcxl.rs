@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use carlsbad_kit::capability::cache_dir;
 use tempfile::{NamedTempFile, TempDir};
 
-use super::{BUSYBOX, RESULT, build, copy_with_libraries, make_executable, unpack};
+use super::{BUSYBOX, RESULT, archive, build, copy_with_libraries, make_executable, unpack};
 use crate::shell;
 use crate::workspace::Package;
 
@@ -251,16 +251,7 @@ impl System {
         self.pack_modules(root)?;
         fs::write(root.join("init"), include_str!("directcxl.init.sh"))?;
         make_executable(&root.join("init"))?;
-        let archive = tempfile::Builder::new()
-            .prefix("carlsbad-initramfs-")
-            .tempfile()?;
-        shell::output(
-            Command::new("sh")
-                .current_dir(root)
-                .args(["-c", "find . | ./bin/busybox cpio -o -H newc > \"$0\""])
-                .arg(archive.path()),
-        )?;
-        Ok(archive)
+        archive(root)
     }
 
     /// Puts the drivers and what they need into `root`, with a list in the order of loading.

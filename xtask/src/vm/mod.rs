@@ -125,17 +125,22 @@ impl Images {
         fs::write(root.join("init"), include_str!("init.sh"))?;
         make_executable(&root.join("init"))?;
 
-        let archive = tempfile::Builder::new()
-            .prefix("carlsbad-initramfs-")
-            .tempfile()?;
-        shell::output(
-            Command::new("sh")
-                .current_dir(root)
-                .args(["-c", "find . | ./bin/busybox cpio -o -H newc > \"$0\""])
-                .arg(archive.path()),
-        )?;
-        Ok(archive)
+        archive(root)
     }
+}
+
+/// The initial file system that `root`, which has busybox, becomes.
+fn archive(root: &Path) -> Result<NamedTempFile> {
+    let archive = tempfile::Builder::new()
+        .prefix("carlsbad-initramfs-")
+        .tempfile()?;
+    shell::output(
+        Command::new("sh")
+            .current_dir(root)
+            .args(["-c", "find . | ./bin/busybox cpio -o -H newc > \"$0\""])
+            .arg(archive.path()),
+    )?;
+    Ok(archive)
 }
 
 /// Downloads a package of the distribution and unpacks it, unless it is there.
