@@ -15,7 +15,7 @@ pub enum CopyReason {
     /// other addresses than it gets.
     Tainted,
     /// The process may not have the address space: `RLIMIT_AS`, `vm.max_map_count`, a thousand
-    /// models at once.
+    /// models at once; or something else lies at 42 TiB, where shared tensors would.
     NoVa,
     /// In its file, the tensor does not begin at a multiple of its element's size.
     Unaligned,
@@ -38,7 +38,9 @@ impl fmt::Display for CopyReason {
                 f.write_str("MapAlloc is not the #[global_allocator] of this program")
             }
             Self::Tainted => f.write_str("another allocator is wrapped around MapAlloc"),
-            Self::NoVa => f.write_str("no address space left: see RLIMIT_AS and vm.max_map_count"),
+            Self::NoVa => f.write_str(
+                "no address space: see RLIMIT_AS, vm.max_map_count, and what the program maps at 42 TiB",
+            ),
             Self::Unaligned => f.write_str("not aligned to its element in the stored file"),
             Self::Empty => f.write_str("it has no elements"),
             Self::Converted { to } => write!(f, "converted to {}", to.as_str()),

@@ -12,7 +12,8 @@ use std::num::NonZeroUsize;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering, fence};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
@@ -186,9 +187,16 @@ pub(super) fn page_size() -> usize {
 /// Threads may race here: the one that maps the window says how much is real. A child forked between
 /// the two never learns it, and copies.
 fn reserve() -> io::Result<()> {
+    /// Something of the program's lies where the window would: there is none, and nobody waits.
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    /// Between two calls of a thread that may have lost its processor; a tenth of a second in all.
+    const PAUSE: Duration = Duration::from_millis(1);
     for _ in 0..100 {
         if RESERVED.load(Ordering::Acquire) != 0 {
             return Ok(());
+        }
+        if TAKEN.load(Ordering::Relaxed) {
+            break;
         }
         match map_window() {
             Ok(granules) => {
@@ -196,10 +204,11 @@ fn reserve() -> io::Result<()> {
                 return Ok(());
             }
             // By another thread, which is about to say so; or the place is somebody else's.
-            Err(Errno::EEXIST) => std::thread::yield_now(),
+            Err(Errno::EEXIST) => std::thread::sleep(PAUSE),
             Err(errno) => return Err(errno.into()),
         }
     }
+    TAKEN.store(true, Ordering::Relaxed);
     Err(Errno::EEXIST.into())
 }
 
