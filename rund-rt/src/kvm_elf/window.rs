@@ -151,16 +151,27 @@ impl Windows {
         if fd >= data::WINDOWED {
             return;
         }
+        // A window that is used up holds the file as well: it goes before holders are counted.
+        let known = self
+            .inputs
+            .iter()
+            .position(|input| input.as_ref().is_some_and(|input| input.fd == fd));
+        let mut most = system::FIRST_INPUT_LEN;
+        if let Some(i) = known
+            && let Some(slot) = self.inputs.get_mut(i)
+        {
+            // It is read from one end to the other.
+            if slot.as_ref().is_some_and(|input| input.left == 0) {
+                most = system::INPUT_LEN;
+            }
+            withdraw_one(memory, i, slot);
+        }
         let Ok(open) = kernel.table.get(fd) else {
             return;
         };
         if !can_have_window(&open) {
             return;
         }
-        let known = self
-            .inputs
-            .iter()
-            .position(|input| input.as_ref().is_some_and(|input| input.fd == fd));
         let free = self.inputs.iter().position(Option::is_none);
         let i = known.or(free).unwrap_or_else(|| {
             self.next = (self.next + 1) % self.inputs.len();
@@ -170,7 +181,7 @@ impl Windows {
             withdraw_one(memory, i, slot);
         }
         let place = system::INPUT + i as u64 * system::INPUT_LEN;
-        let Some((len, ends)) = lay(&open, memory, place) else {
+        let Some((len, ends)) = lay(&open, memory, place, most) else {
             return;
         };
         let entry = data::WINDOWS + i as u64 * data::WINDOW_SIZE;
@@ -226,27 +237,27 @@ fn can_have_window(open: &Rc<RefCell<Open>>) -> bool {
 }
 
 /// Copies what comes next into a window; gives its length and whether the file ends behind it.
-fn lay(open: &Shared, memory: &GuestMemory, place: u64) -> Option<(u64, bool)> {
+fn lay(open: &Shared, memory: &GuestMemory, place: u64, most: u64) -> Option<(u64, bool)> {
     match &*open.borrow() {
         Open::Host(file) => {
             // SAFETY: a descriptor of ours.
             let at = unsafe { libc::lseek(file.fd.as_raw_fd(), 0, libc::SEEK_CUR) };
-            let into = memory.offset(place, system::INPUT_LEN)?;
+            let into = memory.offset(place, most)?;
             // SAFETY: `offset` has checked so many bytes.
             let n = unsafe {
                 libc::pread(
                     file.fd.as_raw_fd(),
                     into.as_ptr().cast(),
-                    system::INPUT_LEN as usize,
+                    most as usize,
                     at.max(0),
                 )
             };
             let n = u64::try_from(n).ok()?;
-            Some((n, n < system::INPUT_LEN))
+            Some((n, n < most))
         }
         Open::Bytes { bytes, at } => {
             let rest = bytes.get(*at..)?;
-            let part = &rest[..rest.len().min(system::INPUT_LEN as usize)];
+            let part = &rest[..rest.len().min(most as usize)];
             memory.write_offset(place, part);
             Some((part.len() as u64, part.len() == rest.len()))
         }
