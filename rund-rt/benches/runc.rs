@@ -108,7 +108,7 @@ fn main() {
     figure()
         .against("runc run", samples)
         .note(format!(
-            "kvm-elf, {}; a busybox shell that reads, writes and forks twice",
+            "kvm-elf, {}; a busybox shell that reads, writes, makes a process and runs two programs",
             runtime.capabilities().isolation
         ))
         .emit()

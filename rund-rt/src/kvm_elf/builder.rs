@@ -10,6 +10,7 @@ use kvm_bindings::kvm_regs;
 
 use crate::backend::{SnapshotPoint, Status};
 
+use super::calls::children::Children;
 use super::calls::layers::{Layers, UpperUse, duplicate};
 use super::calls::output::Outputs;
 use super::calls::path::file_name;
@@ -18,9 +19,9 @@ use super::calls::signal::Signals;
 use super::calls::space::Space;
 use super::calls::table::{Open, Table};
 use super::calls::{Kernel, Program};
-use super::elf::{LoadPlan, Segment};
+use super::elf::{self, LoadPlan, Segment};
 use super::file_layout::pages_with_something;
-use super::guest::{End, Guest, Image};
+use super::guest::{Contents, End, Guest, Image};
 use super::interrupt;
 use super::layout::PAGE;
 use super::machine::{Host, Machine, Stop};
@@ -54,7 +55,7 @@ pub fn probe(host: &Host) -> Result<Return, String> {
     };
     let layout = super::layout::Layout::new(&plan, ByteSize::mib(32))?;
     let image = Image { plan, layout };
-    let (memory, root) = image.load(&code, Return::Sysret)?;
+    let (memory, root) = image.load(&Contents::Bytes(&code), Return::Sysret)?;
     let entry = shim::entry(Return::Sysret);
     let mut machine = Machine::new(host, &memory, root, entry).map_err(|why| why.to_string())?;
     *machine.regs() = kvm_regs {
@@ -112,7 +113,7 @@ pub fn new_kernel(
         program,
         program_path: path.to_vec(),
         name: [0; 16],
-        children: Vec::new(),
+        children: Children::default(),
         most_children: 0,
         relatives: false,
         snapshot: None,
@@ -134,9 +135,12 @@ pub fn build(
 ) -> Result<State, Failure> {
     let other = |why: String| Failure::Other(why);
     let bytes = read_all(program).map_err(|why| other(format!("the program: {why}")))?;
-    let image = Image::new(&bytes, ByteSize::new(build.memory)).map_err(Failure::Program)?;
+    let head = bytes.get(..elf::HEAD as usize).unwrap_or(&bytes);
+    let plan = elf::plan(head, bytes.len() as u64).map_err(Failure::Program)?;
+    let image = Image::new(plan, ByteSize::new(build.memory)).map_err(Failure::Program)?;
+    // Copied: what is saved is what lies in memory, which a page that nobody has touched does not.
     let (memory, root) = image
-        .load(&bytes, surroundings.way_back)
+        .load(&Contents::Bytes(&bytes), surroundings.way_back)
         .map_err(Failure::Program)?;
     let space = Space::new(&image.layout);
     let said = Rc::new(RefCell::new(Vec::new()));
@@ -152,9 +156,13 @@ pub fn build(
         Some(lower) => Some(duplicate(lower.as_raw_fd()).map_err(|why| other(why.to_string()))?),
         None => None,
     };
-    let program: Rc<[u8]> = bytes.into();
     let mut kernel = new_kernel(
-        Program::Bytes(Rc::clone(&program)),
+        Program {
+            fd: Rc::new(program.try_clone().map_err(|why| other(why.to_string()))?),
+            offset: 0,
+            len: bytes.len() as u64,
+            changes: true,
+        },
         &build.program_path,
         space,
         Layers::new(lower, None),
@@ -182,6 +190,7 @@ pub fn build(
         exits: 0,
         is_template: false,
         is_child: false,
+        report: None,
     };
     let mut registers = None;
     let mut marks = (
@@ -220,8 +229,12 @@ pub fn build(
     let ranges = pages_with_something(&guest.memory);
     let (extents, end) =
         write_pages(&guest, &ranges, file).map_err(|why| other(format!("the pages: {why}")))?;
-    write_at(file, end, &program).map_err(|why| other(format!("the program: {why}")))?;
-    let len = (end + program.len() as u64).next_multiple_of(PAGE);
+    let program = &guest.kernel.program;
+    let bytes = program
+        .bytes(0, program.len)
+        .map_err(|why| other(format!("the program: {why}")))?;
+    write_at(file, end, &bytes).map_err(|why| other(format!("the program: {why}")))?;
+    let len = (end + bytes.len() as u64).next_multiple_of(PAGE);
     nix::unistd::ftruncate(file, len as i64).map_err(|why| other(why.to_string()))?;
     Ok(State {
         processor: surroundings.host.processor(),
@@ -230,7 +243,7 @@ pub fn build(
         plan: guest.image.plan.clone(),
         root,
         extents,
-        program: (end, program.len() as u64),
+        program: (end, bytes.len() as u64),
         program_path: guest.kernel.program_path.clone(),
         snapshot: build.snapshot,
         registers,

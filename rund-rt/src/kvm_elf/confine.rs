@@ -187,6 +187,7 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
         vec![
             only(0, SeccompCmpOp::Eq, libc::PR_SET_PDEATHSIG as u64)?,
             only(0, SeccompCmpOp::Eq, libc::PR_SET_NAME as u64)?,
+            only(0, SeccompCmpOp::Eq, libc::PR_SET_CHILD_SUBREAPER as u64)?,
             // Names of anonymous memory, which the C library gives.
             only(0, SeccompCmpOp::Eq, 0x5356_4d41)?,
         ],

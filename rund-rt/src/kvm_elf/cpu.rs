@@ -3,6 +3,7 @@
 use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
 
 use super::layout::{SYSTEM_START, system};
+use super::machine::XSAVE_WORDS;
 use super::page_table::Words;
 use super::shim;
 
@@ -116,6 +117,19 @@ const fn user_segment(selector: u16, type_: u8, long: u8) -> kvm_segment {
         unusable: 0,
         padding: 0,
     }
+}
+
+/// Vector and floating point registers as a program finds them (System V ABI for x86-64, 3.4.1):
+/// what is not named is in its initial state.
+pub fn first_vectors() -> [u32; XSAVE_WORDS] {
+    /// Offset of the header, whose first word says which parts are there (Intel SDM, volume 1,
+    /// 13.4.2).
+    const HEADER: usize = 512 / 4;
+    let mut region = [0; XSAVE_WORDS];
+    region[0] = 0x37f; // control word: extended precision, exceptions masked
+    region[24 / 4] = 0x1f80; // MXCSR: exceptions masked
+    region[HEADER] = 0b11; // x87 and SSE
+    region
 }
 
 /// Sets the registers that a guest program cannot, on top of what the processor began with.

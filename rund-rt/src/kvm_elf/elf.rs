@@ -61,18 +61,22 @@ impl LoadPlan {
     }
 }
 
-/// Reads what `file` asks for.
+/// The part of a file that has to hold its headers, from its beginning: Linux allows program headers
+/// of 64 KiB, and linkers put them first.
+pub const HEAD: u64 = 64 << 10;
+
+/// Reads what a file of `len` bytes that begins with `head` asks for.
 ///
 /// # Errors
 /// Why it cannot be loaded, in words.
-pub fn plan(file: &[u8]) -> Result<LoadPlan, String> {
-    match FileKind::parse(file) {
+pub fn plan(head: &[u8], len: u64) -> Result<LoadPlan, String> {
+    match FileKind::parse(head) {
         Ok(FileKind::Elf64) => {}
         Ok(FileKind::Elf32) => return Err("it is a 32-bit program".into()),
         _ => return Err("it is no ELF file".into()),
     }
     let header: &FileHeader64<Endianness> =
-        FileHeader::parse(file).map_err(|why| why.to_string())?;
+        FileHeader::parse(head).map_err(|why| why.to_string())?;
     let endian = header.endian().map_err(|why| why.to_string())?;
     if endian != Endianness::Little || header.e_machine(endian) != EM_X86_64 {
         return Err("it is no program for x86-64".into());
@@ -83,7 +87,7 @@ pub fn plan(file: &[u8]) -> Result<LoadPlan, String> {
         _ => return Err("it is an object file, not a program".into()),
     };
     let headers = header
-        .program_headers(endian, file)
+        .program_headers(endian, head)
         .map_err(|why| format!("its program headers: {why}"))?;
 
     let mut segments = Vec::new();
@@ -101,7 +105,7 @@ pub fn plan(file: &[u8]) -> Result<LoadPlan, String> {
                 headers_at = base.checked_add(one.p_vaddr(endian)).unwrap_or(0);
             }
             PT_LOAD => {
-                if let Some(segment) = segment(one, endian, base, file.len() as u64)? {
+                if let Some(segment) = segment(one, endian, base, len)? {
                     segments.push(segment);
                 }
             }

@@ -1,25 +1,23 @@
 //! A guest process: its machine, its memory, and what Linux would know of it; and the loop in which
 //! it runs.
 
-use std::os::fd::AsRawFd;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use carlsbad_types::ByteSize;
 use kvm_bindings::kvm_regs;
 
 use crate::backend::Status;
 
+use super::calls::children::Report;
 use super::calls::signal::Delivery;
-use super::calls::table::{HostFile, Open};
-use super::calls::{Call, Execute, Kernel, Outcome};
+use super::calls::{Call, Execute, Kernel, Outcome, Program};
 use super::clock;
 use super::cpu;
-use super::elf::{self, LoadPlan};
+use super::elf::{LoadPlan, Segment};
 use super::interrupt;
-use super::layout::{Layout, SYSTEM_START, system};
+use super::layout::{Layout, PAGE, SYSTEM_START, page_up, system};
 use super::machine::{Host, Machine, Refusal, Stop};
-use super::memory::GuestMemory;
+use super::memory::{Extent, GuestMemory};
 use super::page_table;
 use super::shim::{self, Return};
 use super::stack::{self, Beginning};
@@ -35,12 +33,11 @@ pub struct Image {
 }
 
 impl Image {
-    /// Plans the program `bytes` in a guest with `memory`.
+    /// Lays a program out in a guest with `memory`.
     ///
     /// # Errors
-    /// Why it cannot be loaded.
-    pub fn new(bytes: &[u8], memory: ByteSize) -> Result<Self, String> {
-        let plan = elf::plan(bytes)?;
+    /// Why it cannot be.
+    pub fn new(plan: LoadPlan, memory: ByteSize) -> Result<Self, String> {
         let layout = Layout::new(&plan, memory)?;
         Ok(Self { plan, layout })
     }
@@ -49,11 +46,29 @@ impl Image {
     ///
     /// # Errors
     /// Where there is no room.
-    pub fn load(&self, bytes: &[u8], way_back: Return) -> Result<(GuestMemory, u64), String> {
+    pub fn load(
+        &self,
+        contents: &Contents<'_>,
+        way_back: Return,
+    ) -> Result<(GuestMemory, u64), String> {
         let mut memory =
             GuestMemory::new(&self.layout).map_err(|why| format!("no memory: {why}"))?;
-        let root = page_table::write(&mut memory, &self.layout)?;
-        cpu::write_tables(&mut memory);
+        let root = self.fill(&mut memory, contents, way_back)?;
+        Ok((memory, root))
+    }
+
+    /// Writes program and tables into memory of zeros; gives the root of the tables.
+    ///
+    /// # Errors
+    /// Where there is no room.
+    fn fill(
+        &self,
+        memory: &mut GuestMemory,
+        contents: &Contents<'_>,
+        way_back: Return,
+    ) -> Result<u64, String> {
+        let root = page_table::write(memory, &self.layout)?;
+        cpu::write_tables(memory);
         memory.write_offset(system::CODE, &shim::code(way_back));
         for segment in &self.plan.segments {
             let Some(region) = self
@@ -64,14 +79,73 @@ impl Image {
             else {
                 continue;
             };
-            let from = segment.file_offset as usize;
-            let part = bytes
-                .get(from..from + segment.file_len as usize)
-                .ok_or("the program ends early")?;
-            memory.write_offset(region.offset + (segment.address - region.address), part);
+            let at = region.offset + (segment.address - region.address);
+            match contents {
+                Contents::Bytes(bytes) => {
+                    let from = segment.file_offset as usize;
+                    let part = bytes
+                        .get(from..from + segment.file_len as usize)
+                        .ok_or("the program ends early")?;
+                    memory.write_offset(at, part);
+                }
+                Contents::Part(program, Way::Copy) => {
+                    let part = program.bytes(segment.file_offset, segment.file_len);
+                    memory.write_offset(at, &part.map_err(|why| why.to_string())?);
+                }
+                Contents::Part(program, Way::Map) => {
+                    lay_segment(memory, program, segment, at)
+                        .map_err(|why| format!("the program cannot be mapped: {why}"))?;
+                }
+            }
         }
-        Ok((memory, root))
+        Ok(root)
     }
+}
+
+/// Where a program's bytes are.
+#[derive(Debug)]
+pub enum Contents<'a> {
+    /// Here.
+    Bytes(&'a [u8]),
+    /// In a file.
+    Part(&'a Program, Way),
+}
+
+/// How bytes of a file get into the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// All are read.
+    Copy,
+    /// Their pages are the page cache's until they are written to.
+    Map,
+}
+
+/// Maps the pages of a segment whose first byte goes to `at`.
+fn lay_segment(
+    memory: &GuestMemory,
+    program: &Program,
+    segment: &Segment,
+    at: u64,
+) -> nix::Result<()> {
+    if segment.file_len == 0 {
+        return Ok(());
+    }
+    // The plan has seen to it that both lie as far behind the beginning of a page.
+    let before = at % PAGE;
+    let end = before + segment.file_len;
+    memory.lay(
+        &*program.fd,
+        &[Extent {
+            offset: at - before,
+            file_offset: program.offset + segment.file_offset - before,
+            len: page_up(end),
+        }],
+    )?;
+    // What follows in the last page is another part of the file, where zeros are asked for.
+    if segment.len > segment.file_len && !end.is_multiple_of(PAGE) {
+        memory.clear_offset(at - before + end, PAGE - end % PAGE, false)?;
+    }
+    Ok(())
 }
 
 /// A guest process.
@@ -92,6 +166,8 @@ pub struct Guest {
     pub is_template: bool,
     /// Whether this is a process that the guest made by `fork`.
     pub is_child: bool,
+    /// Where such a process says how it ends.
+    pub report: Option<Report>,
 }
 
 /// Why a guest does not run any more.
@@ -154,7 +230,7 @@ impl Guest {
                     return Some(End::Status(Status::TimedOut));
                 }
                 Outcome::Interrupted => {
-                    self.kernel.signals.raise_all(interrupt::take());
+                    self.take_signals();
                     if self.kernel.signals.interrupts() {
                         break Outcome::Interrupted;
                     }
@@ -176,7 +252,8 @@ impl Guest {
             }
             Outcome::Execute(execute) => {
                 return match self.execute(&execute) {
-                    Ok(()) => None,
+                    // Signals may have come meanwhile.
+                    Ok(()) => self.interrupted(),
                     // The old program is gone, as on Linux past the point of no return.
                     Err(why) => {
                         tracing::debug!(why, "execve");
@@ -207,7 +284,7 @@ impl Guest {
             self.windows
                 .after(&call, value, &self.memory, &mut self.kernel);
         }
-        self.kernel.signals.raise_all(interrupt::take());
+        self.take_signals();
         if self.kernel.signals.any() {
             let mut regs = *self.machine.regs();
             // The call has returned.
@@ -217,9 +294,19 @@ impl Guest {
         None
     }
 
+    /// Takes the signals that came.
+    fn take_signals(&mut self) {
+        const CHILD: u64 = 1 << (libc::SIGCHLD - 1);
+        let mut came = interrupt::take();
+        if came & CHILD != 0 && !self.kernel.children.signal_came() {
+            came &= !CHILD;
+        }
+        self.kernel.signals.raise_all(came);
+    }
+
     /// Signals came while the guest ran.
     fn interrupted(&mut self) -> Option<End> {
-        self.kernel.signals.raise_all(interrupt::take());
+        self.take_signals();
         let regs = *self.machine.regs();
         if !self.kernel.signals.any() {
             return None;
@@ -299,25 +386,34 @@ impl Guest {
     /// Becomes another program.
     fn execute(&mut self, execute: &Execute) -> Result<(), String> {
         let size = ByteSize::new(self.image.layout.memory);
-        let program = execute.program.bytes().map_err(|why| why.to_string())?;
-        let image = Image::new(&program, size)?;
-        let (memory, root) = image.load(&program, self.way_back)?;
-        let entry = shim::entry(self.way_back);
-        interrupt::forget();
-        let machine = Machine::new(&self.host, &memory, root, entry).map_err(|r| r.to_string())?;
+        // What is saved as a template is what lies in memory, which mapped pages that nobody has
+        // touched do not.
+        let way = if execute.program.changes || self.kernel.snapshot.is_some() {
+            Way::Copy
+        } else {
+            Way::Map
+        };
+        let image = Image::new(execute.plan.clone(), size)?;
+        if self.way_back == Return::Sysret {
+            // The call's own instruction is not the new program's.
+            self.machine.complete();
+        }
+        self.machine.take_memory().map_err(|why| why.to_string())?;
         self.windows.forget();
-        // The machine goes before the memory that it has.
-        self.machine = machine;
-        self.memory = memory;
-        self.root = root;
+        self.memory
+            .renew(&image.layout)
+            .map_err(|why| format!("no memory: {why}"))?;
+        let contents = Contents::Part(&execute.program, way);
+        self.root = image.fill(&mut self.memory, &contents, self.way_back)?;
+        self.machine
+            .begin_again(&self.memory, self.root)
+            .map_err(|why| why.to_string())?;
         self.image = image;
         self.is_template = false;
         self.kernel.become_program(execute);
         self.kernel.space = super::calls::space::Space::new(&self.image.layout);
         self.begin(&execute.args, &execute.env, &execute.path)
-            .map_err(|why| why.to_string())?;
-        interrupt::watch(self.machine.immediate_exit());
-        Ok(())
+            .map_err(|why| why.to_string())
     }
 
     /// Sets the machine to the program's first instruction.
@@ -376,86 +472,10 @@ impl Guest {
     pub fn served(&self) -> u64 {
         self.memory.data(shim::data::SERVED)
     }
-
-    /// Makes a second process of the guest. Gives 0 in the new one.
-    fn fork(&mut self, stack: u64, child_id_at: u64) -> Result<i64, String> {
-        self.kernel.outputs.flush();
-        self.kernel.relatives = true;
-        self.windows.forget();
-        self.windows.withdraw(&self.memory);
-        share_input(&mut self.kernel).map_err(|why| format!("standard input: {why}"))?;
-        let mut saved = self.machine.save().map_err(|why| why.to_string())?;
-        let parent = nix::unistd::getpid();
-        // SAFETY: this process has one thread, so that the new one can do whatever it likes.
-        match unsafe { nix::unistd::fork() } {
-            Err(why) => Ok(-i64::from(why as i32)),
-            Ok(nix::unistd::ForkResult::Parent { child }) => {
-                self.kernel.children.push(child.as_raw());
-                Ok(i64::from(child.as_raw()))
-            }
-            Ok(nix::unistd::ForkResult::Child) => {
-                die_with(parent);
-                self.is_child = true;
-                self.is_template = false;
-                self.kernel.children.clear();
-                self.kernel.signals.forget_pending();
-                let identity = &mut self.kernel.identity;
-                (identity.ppid, identity.pid) = (identity.pid, nix::unistd::getpid().as_raw());
-                // The machine is the parent's, whose memory it has. The call is answered, not made
-                // again.
-                saved.regs.rip = shim::exit_address() + 2;
-                let entry = shim::entry(self.way_back);
-                self.machine = Machine::new(&self.host, &self.memory, self.root, entry)
-                    .map_err(|why| why.to_string())?;
-                self.machine
-                    .restore(&saved)
-                    .map_err(|why| why.to_string())?;
-                interrupt::watch(self.machine.immediate_exit());
-                if stack != 0 {
-                    self.machine.regs().rsp = stack;
-                }
-                let id = self.kernel.identity.pid.to_le_bytes();
-                if child_id_at != 0 {
-                    let _not_the_guests = self.memory.write(child_id_at, &id);
-                }
-                self.publish();
-                Ok(0)
-            }
-        }
-    }
-}
-
-/// Ends this process when `parent` does.
-pub fn die_with(parent: nix::unistd::Pid) {
-    let _always = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
-    if nix::unistd::getppid() != parent {
-        std::process::exit(0);
-    }
 }
 
 /// Entropy of the host's.
 pub fn fill_random(into: &mut [u8]) {
     // SAFETY: a buffer with its length.
     let _short_never = unsafe { libc::getrandom(into.as_mut_ptr().cast(), into.len(), 0) };
-}
-
-/// Standard input that was given as bytes becomes a file, so that two processes read on where the
-/// other has stopped.
-fn share_input(kernel: &mut Kernel) -> nix::Result<()> {
-    for (_, open) in kernel.table.iter() {
-        let mut open = open.borrow_mut();
-        if let Open::Bytes { bytes, at } = &*open {
-            let rest = Arc::<[u8]>::from(bytes.get(*at..).unwrap_or_default());
-            let name = c"stdin";
-            let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
-            let mut done = 0;
-            while done < rest.len() {
-                done += nix::unistd::write(&fd, &rest[done..])?;
-            }
-            // SAFETY: a descriptor of ours.
-            nix::errno::Errno::result(unsafe { libc::lseek(fd.as_raw_fd(), 0, libc::SEEK_SET) })?;
-            *open = Open::Host(HostFile::pipe(fd));
-        }
-    }
-    Ok(())
 }

@@ -109,7 +109,9 @@ impl Host {
 pub struct Machine {
     // In this order: the processor goes before its machine.
     vcpu: VcpuFd,
-    _vm: VmFd,
+    vm: VmFd,
+    /// Segments, tables and control registers as a program finds them.
+    first_sregs: kvm_sregs,
 }
 
 /// Words of the area in which vectors are saved; XCR0 leaves out what needs more.
@@ -165,6 +167,19 @@ pub const SAVED_MSRS: [u32; 9] = [
     0x277,       // PAT
 ];
 
+fn give_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Refusal> {
+    let region = kvm_userspace_memory_region {
+        slot: 0,
+        flags: 0,
+        guest_phys_addr: 0,
+        memory_size: memory.len(),
+        userspace_addr: memory.host_address(),
+    };
+    // SAFETY: the memory outlives the machine, by the order of fields in `Guest`, and only this
+    // thread and its guest use it.
+    unsafe { vm.set_user_memory_region(region) }.map_err(refused("give memory"))
+}
+
 impl Machine {
     /// A machine with `memory`, whose processor is in long mode at user privilege.
     ///
@@ -178,16 +193,7 @@ impl Machine {
                 other => break other.map_err(refused("make a machine"))?,
             }
         };
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: memory.len(),
-            userspace_addr: memory.host_address(),
-        };
-        // SAFETY: the memory outlives the machine, by the order of fields in `Vm`, and only this
-        // thread and its guest use it.
-        unsafe { vm.set_user_memory_region(region) }.map_err(refused("give memory"))?;
+        give_memory(&vm, memory)?;
         let vcpu = vm.create_vcpu(0).map_err(refused("make a processor"))?;
         vcpu.set_cpuid2(&host.cpuid)
             .map_err(refused("describe the processor to the guest"))?;
@@ -195,7 +201,11 @@ impl Machine {
         cpu::set_system_registers(&mut sregs, root);
         vcpu.set_sregs(&sregs)
             .map_err(refused("set the system registers"))?;
-        let mut machine = Self { vcpu, _vm: vm };
+        let mut machine = Self {
+            vcpu,
+            vm,
+            first_sregs: sregs,
+        };
         machine.set_xcr0(host.xcr0)?;
         machine.set_msrs(&[
             (cpu::MSR_STAR, cpu::STAR),
@@ -205,6 +215,42 @@ impl Machine {
         ])?;
         machine.vcpu.set_sync_valid_reg(SyncReg::Register);
         Ok(machine)
+    }
+
+    /// Takes the memory away, so that other pages can be put in its place: with it goes all that
+    /// KVM has made of the page tables in it.
+    ///
+    /// # Errors
+    /// What KVM refused.
+    pub fn take_memory(&self) -> Result<(), Refusal> {
+        let none = kvm_userspace_memory_region::default();
+        // SAFETY: a slot of size 0 is none.
+        unsafe { self.vm.set_user_memory_region(none) }.map_err(refused("take memory"))
+    }
+
+    /// Gives it `memory` again, and a processor that is about to begin a program.
+    ///
+    /// # Errors
+    /// What KVM refused.
+    pub fn begin_again(&mut self, memory: &GuestMemory, root: u64) -> Result<(), Refusal> {
+        give_memory(&self.vm, memory)?;
+        let mut sregs = self.first_sregs;
+        sregs.cr3 = root;
+        self.set_vectors(&cpu::first_vectors())?;
+        let synchronised = self.vcpu.sync_regs_mut();
+        synchronised.regs = kvm_regs::default();
+        synchronised.sregs = sregs;
+        self.vcpu.set_sync_dirty_reg(SyncReg::SystemRegister);
+        Ok(())
+    }
+
+    /// Gives it `memory` again, as it was when `saved` was.
+    ///
+    /// # Errors
+    /// What KVM refused.
+    pub fn go_back(&mut self, memory: &GuestMemory, saved: &Registers) -> Result<(), Refusal> {
+        give_memory(&self.vm, memory)?;
+        self.restore(saved)
     }
 
     /// Runs the guest until it leaves the machine.
@@ -322,6 +368,31 @@ impl Machine {
         })
     }
 
+    fn set_vectors(&self, region: &[u32; XSAVE_WORDS]) -> Result<(), Refusal> {
+        let xsave = kvm_xsave {
+            region: *region,
+            ..Default::default()
+        };
+        // SAFETY: the processor was given no more state than fits into this structure: XCR0 leaves
+        // out what needs more.
+        unsafe { self.vcpu.set_xsave(&xsave) }.map_err(refused("set the vectors"))
+    }
+
+    /// What [`Self::restore`] needs: what a guest at user privilege can change.
+    ///
+    /// # Errors
+    /// What KVM refused.
+    pub fn save_program(&mut self) -> Result<Registers, Refusal> {
+        let xsave = self.vcpu.get_xsave().map_err(refused("read the vectors"))?;
+        Ok(Registers {
+            regs: *self.regs(),
+            sregs: self.sregs()?,
+            xsave: xsave.region.to_vec(),
+            msrs: Vec::new(),
+            xcr0: 0,
+        })
+    }
+
     fn msrs(&self) -> Result<Vec<(u32, u64)>, Refusal> {
         let mut found = Vec::new();
         // One at a time: a kernel stops at the first that it does not have.
@@ -354,18 +425,11 @@ impl Machine {
     /// # Errors
     /// What KVM refused.
     pub fn restore(&mut self, saved: &Registers) -> Result<(), Refusal> {
-        let region: [u32; XSAVE_WORDS] =
-            saved.xsave.as_slice().try_into().map_err(|_| Refusal {
-                what: "set vectors of this size",
-                why: Errno::EINVAL,
-            })?;
-        let xsave = kvm_xsave {
-            region,
-            ..Default::default()
-        };
-        // SAFETY: the processor was given no more state than fits into this structure: XCR0 leaves
-        // out what needs more.
-        unsafe { self.vcpu.set_xsave(&xsave) }.map_err(refused("set the vectors"))?;
+        let region = saved.xsave.as_slice().try_into().map_err(|_| Refusal {
+            what: "set vectors of this size",
+            why: Errno::EINVAL,
+        })?;
+        self.set_vectors(&region)?;
         let synchronised = self.vcpu.sync_regs_mut();
         synchronised.regs = saved.regs;
         synchronised.sregs = saved.sregs;

@@ -59,6 +59,25 @@ impl GuestMemory {
         })
     }
 
+    /// Becomes zeros for `layout`, which asks for as much memory, at the same place.
+    ///
+    /// # Errors
+    /// Where it asks for another size, or the kernel has no room for the mapping.
+    pub fn renew(&mut self, layout: &Layout) -> nix::Result<()> {
+        if layout.memory != self.len() {
+            return Err(nix::errno::Errno::EINVAL);
+        }
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
+        let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let at = NonZeroUsize::new(self.base.as_ptr().addr());
+        let len = NonZeroUsize::new(self.len).ok_or(nix::errno::Errno::EINVAL)?;
+        // SAFETY: it replaces this value's own mapping, of which there is no reference.
+        unsafe { mmap_anonymous(at, len, rights, flags) }?;
+        self.regions.clone_from(&layout.regions);
+        self.hint.set(0);
+        Ok(())
+    }
+
     /// Lays pieces of a file over it, privately: they are shared until they are written to.
     ///
     /// # Errors

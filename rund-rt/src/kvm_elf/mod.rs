@@ -16,6 +16,7 @@ mod confine;
 mod cpu;
 mod elf;
 mod file_layout;
+mod fork;
 mod guest;
 mod interrupt;
 mod layout;
@@ -51,7 +52,7 @@ use crate::backend::{
 use crate::cgroup::{CgroupLease, CgroupPool};
 use crate::error::{Error, Result};
 
-use owner::{Home, Monitor, Pipes, Zygote, lock, start_zygote};
+use owner::{Doing, Home, Monitor, Pipes, Zygote, lock, start_zygote};
 use template::State;
 use upper::UpperBase;
 use wire::{Build, Destination, Input, Start};
@@ -198,8 +199,13 @@ impl Backend for KvmElf {
         let program = File::open(&spec.program).map_err(Error::io("open", &spec.program))?;
         let (mut zygote, upper) = self.surroundings(spec.root.as_deref())?;
         let file = template::new_file().map_err(|why| Error::io("make", "memfd")(why.into()))?;
+        // As `/proc/self/exe` shows it: from the root on.
+        let inside = match &spec.inside {
+            Some(inside) => Path::new("/").join(inside),
+            None => std::path::absolute(&spec.program).map_err(Error::io("find", &spec.program))?,
+        };
         let build = Build {
-            program_path: bytes_of(spec.path_inside().as_os_str())?,
+            program_path: bytes_of(inside.as_os_str())?,
             args: all_bytes(&spec.args)?,
             env: all_bytes(&spec.env)?,
             cwd: bytes_of(spec.cwd.as_os_str())?,
@@ -333,7 +339,7 @@ impl Kept {
         let waiting = {
             let mut idle = lock(&self.pool.idle);
             match start.reuse {
-                Reuse::Reset => idle.pop(),
+                Reuse::Reset => next(&mut idle, |gone| self.pool.upper.remove(gone)),
                 Reuse::Fresh => {
                     let unused = idle.iter().position(|monitor| !monitor.has_served);
                     unused.map(|at| idle.swap_remove(at))
@@ -358,6 +364,19 @@ impl Kept {
             cgroup,
         )))
     }
+}
+
+/// Takes the monitor that is soonest ready: of those that wait the last to come back, whose memory
+/// is still in the caches. Those that have ended are given to `remove` by their numbers.
+fn next(idle: &mut Vec<Monitor>, remove: impl Fn(i32)) -> Option<Monitor> {
+    for i in (0..idle.len()).rev() {
+        match idle.get_mut(i)?.look() {
+            Doing::Waits => return Some(idle.remove(i)),
+            Doing::Prepares => {}
+            Doing::Nothing => remove(idle.remove(i).pid()),
+        }
+    }
+    (!idle.is_empty()).then(|| idle.remove(0))
 }
 
 impl SavedState for Kept {

@@ -51,6 +51,16 @@ impl Template {
             layout,
         })
     }
+
+    /// The program's own file.
+    fn program(&self) -> Program {
+        Program {
+            fd: Rc::clone(&self.file),
+            offset: self.state.program.0,
+            len: self.state.program.1,
+            changes: false,
+        }
+    }
 }
 
 /// Runs a monitor until the owner is gone; gives the process' exit code.
@@ -134,6 +144,7 @@ impl Monitor {
                 exits: 0,
                 is_template: true,
                 is_child: false,
+                report: None,
             },
             template: Rc::clone(template),
             registers,
@@ -164,7 +175,7 @@ impl Monitor {
         interrupt::stop();
         let took = began.elapsed();
         if self.guest.is_child {
-            end_child(&mut self.guest, end);
+            self.guest.end_child(end);
         }
         let status = match end {
             End::Status(status) => status,
@@ -175,10 +186,11 @@ impl Monitor {
                 return false;
             }
         };
-        let goes_on = reuse == Reuse::Reset
-            && self.guest.is_template
-            && !self.guest.kernel.relatives
-            && self.pagemap.is_some();
+        // Before the end is told: what they still write is this clone's. Those that have said how
+        // they end write nothing any more.
+        let children = &mut self.guest.kernel.children;
+        let alone = children.len() == 0 || children.end();
+        let goes_on = reuse == Reuse::Reset && self.pagemap.is_some() && alone;
         let [stdout, stderr] = self.guest.kernel.outputs.kept();
         let ended = Ended {
             status,
@@ -318,12 +330,17 @@ impl Monitor {
     fn reset(&mut self) -> Result<u64, String> {
         let guest = &mut self.guest;
         guest.windows.forget();
-        guest.kernel.children.clear();
+        if !guest.kernel.children.end() {
+            return Err("a process of the guest's does not end".into());
+        }
         guest
             .kernel
             .layers
             .reset()
             .map_err(|why| format!("the writable layer: {why}"))?;
+        if !guest.is_template {
+            return self.go_back();
+        }
         let pagemap = self.pagemap.as_ref().ok_or("no page map")?;
         let ranges = reset::own_pages(pagemap, &guest.memory)
             .map_err(|why| format!("the page map: {why}"))?;
@@ -339,6 +356,33 @@ impl Monitor {
             .restore(&self.registers)
             .map_err(|why| why.to_string())?;
         Ok(pages)
+    }
+
+    /// Becomes the template again after the guest has become another program.
+    fn go_back(&mut self) -> Result<u64, String> {
+        let guest = &mut self.guest;
+        let template = &self.template;
+        if guest.way_back == Return::Sysret {
+            guest.machine.complete();
+        }
+        guest.machine.take_memory().map_err(|why| why.to_string())?;
+        guest
+            .memory
+            .renew(&template.layout)
+            .and_then(|()| guest.memory.lay(&*template.file, &template.state.extents))
+            .map_err(|why| format!("the template's pages: {why}"))?;
+        guest
+            .machine
+            .go_back(&guest.memory, &self.registers)
+            .map_err(|why| why.to_string())?;
+        guest.image = Image {
+            plan: template.state.plan.clone(),
+            layout: template.layout.clone(),
+        };
+        guest.root = template.state.root;
+        guest.kernel.program = template.program();
+        guest.is_template = true;
+        Ok(0)
     }
 
     /// What differs from the template, after a reset.
@@ -442,36 +486,13 @@ fn kernel(surroundings: &Surroundings, template: &Template) -> Result<Kernel, St
         None => None,
     };
     let state = &template.state;
-    let program = Program::File {
-        fd: Rc::clone(&template.file),
-        offset: state.program.0,
-        len: state.program.1,
-    };
     Ok(new_kernel(
-        program,
+        template.program(),
         &state.program_path,
         state.process.space.clone(),
         Layers::new(lower, upper),
         Outputs::new(0, Box::new(|_, _| {})),
     ))
-}
-
-/// The end of a process that the guest made: this process ends in the same way.
-fn end_child(guest: &mut Guest, end: End) -> ! {
-    guest.kernel.outputs.flush();
-    let code = match end {
-        End::Status(Status::Code(code)) => code,
-        End::Status(Status::Signal(signal)) => {
-            // SAFETY: the default action of a signal, which ends this process.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
-            // SAFETY: as above.
-            unsafe { libc::raise(signal) };
-            128 + signal
-        }
-        _ => 125,
-    };
-    // SAFETY: nothing of this process is needed any more; what was inherited is not torn down.
-    unsafe { libc::_exit(code) }
 }
 
 /// The monotonic clock at `instant`, in nanoseconds.

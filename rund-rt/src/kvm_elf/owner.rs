@@ -154,6 +154,17 @@ impl Drop for Zygote {
     }
 }
 
+/// What an idle monitor does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Doing {
+    /// It waits for a clone.
+    Waits,
+    /// It makes its machine, or sets it back.
+    Prepares,
+    /// Nothing any more.
+    Nothing,
+}
+
 /// A monitor process.
 #[derive(Debug)]
 pub(super) struct Monitor {
@@ -182,6 +193,21 @@ impl Monitor {
                 Ok((message, _)) => return Ok(message),
                 Err(Lost::Interrupted) => {}
                 Err(why) => return Err(self.gone(why)),
+            }
+        }
+    }
+
+    /// What it is doing, without waiting for it.
+    pub(super) fn look(&mut self) -> Doing {
+        loop {
+            match self.channel.receive(Some(Instant::now())) {
+                Ok((FromMonitor::Ready, _)) => self.is_ready = true,
+                Ok((FromMonitor::Reset { .. }, _)) => self.resets = false,
+                Ok((FromMonitor::Output(..) | FromMonitor::Ended(_), _))
+                | Err(Lost::Interrupted) => {}
+                Err(Lost::Late) if self.is_ready && !self.resets => return Doing::Waits,
+                Err(Lost::Late) => return Doing::Prepares,
+                Ok((FromMonitor::Failed(_), _)) | Err(_) => return Doing::Nothing,
             }
         }
     }

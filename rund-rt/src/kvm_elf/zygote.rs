@@ -10,7 +10,7 @@ use nix::unistd::{ForkResult, Pid, fork, getpid};
 use super::builder;
 use super::channel::Channel;
 use super::confine::confine;
-use super::guest::die_with;
+use super::fork::die_with;
 use super::machine::Host;
 use super::monitor::{self, Template};
 use super::shim::Return;

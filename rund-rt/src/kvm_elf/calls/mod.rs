@@ -6,6 +6,7 @@
 //! [`Table`](table::Table), every path through the [`Layers`](layers::Layers); the host's calls that
 //! come of it are those of a process without rights, in a filter.
 
+pub mod children;
 pub mod file;
 pub mod layers;
 pub mod output;
@@ -24,6 +25,7 @@ use nix::errno::Errno;
 use crate::backend::{SnapshotPoint, Status};
 
 use super::memory::{Fault, GuestMemory};
+use children::Children;
 use layers::Layers;
 use output::Outputs;
 use process::Identity;
@@ -66,43 +68,46 @@ pub enum Outcome {
     Interrupted,
 }
 
-/// A program's bytes, or where they are.
+/// A program, as a part of a file: a template's, or one of the guest's layers.
 #[derive(Debug, Clone)]
-pub enum Program {
-    /// In memory.
-    Bytes(Rc<[u8]>),
-    /// In a template's file, from an offset on.
-    File {
-        /// The file.
-        fd: Rc<OwnedFd>,
-        /// Where it begins.
-        offset: u64,
-        /// Its length.
-        len: u64,
-    },
+pub struct Program {
+    /// The file.
+    pub fd: Rc<OwnedFd>,
+    /// Where it begins, at the beginning of a page.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Whether the guest can change it, and so could cut it short beneath a mapping.
+    pub changes: bool,
 }
 
 impl Program {
-    /// The bytes.
+    /// The first bytes, at most `most` of them.
     ///
     /// # Errors
     /// Where they cannot be read.
-    pub fn bytes(&self) -> Result<Rc<[u8]>, Errno> {
-        match self {
-            Self::Bytes(bytes) => Ok(Rc::clone(bytes)),
-            Self::File { fd, offset, len } => {
-                let mut bytes = vec![0; usize::try_from(*len).map_err(|_| Errno::ENOMEM)?];
-                let mut done = 0;
-                while done < bytes.len() {
-                    let at = i64::try_from(*offset).map_err(|_| Errno::EINVAL)? + done as i64;
-                    match nix::sys::uio::pread(fd.as_fd(), &mut bytes[done..], at)? {
-                        0 => return Err(Errno::EIO),
-                        n => done += n,
-                    }
-                }
-                Ok(bytes.into())
+    pub fn head(&self, most: u64) -> Result<Vec<u8>, Errno> {
+        self.bytes(0, self.len.min(most))
+    }
+
+    /// `len` bytes from `from` on.
+    ///
+    /// # Errors
+    /// Where they cannot be read.
+    pub fn bytes(&self, from: u64, len: u64) -> Result<Vec<u8>, Errno> {
+        let at = self.offset.checked_add(from).ok_or(Errno::EINVAL)?;
+        let at = i64::try_from(at).map_err(|_| Errno::EINVAL)?;
+        let mut bytes = vec![0; usize::try_from(len).map_err(|_| Errno::ENOMEM)?];
+        let mut done = 0;
+        while done < bytes.len() {
+            match nix::sys::uio::pread(self.fd.as_fd(), &mut bytes[done..], at + done as i64) {
+                Ok(0) => return Err(Errno::EIO),
+                Ok(n) => done += n,
+                Err(Errno::EINTR) => {}
+                Err(why) => return Err(why),
             }
         }
+        Ok(bytes)
     }
 }
 
@@ -111,6 +116,8 @@ impl Program {
 pub struct Execute {
     /// The program.
     pub program: Program,
+    /// How it is loaded.
+    pub plan: super::elf::LoadPlan,
     /// Its path.
     pub path: Vec<u8>,
     /// Arguments.
@@ -144,8 +151,8 @@ pub struct Kernel {
     pub program_path: Vec<u8>,
     /// Name of the process, as `prctl` sets it.
     pub name: [u8; 16],
-    /// Processes of the host's that are its children.
-    pub children: Vec<i32>,
+    /// Its children.
+    pub children: Children,
     /// How many processes it may have at a time.
     pub most_children: usize,
     /// Whether there ever was another process of this sandbox.

@@ -1,5 +1,7 @@
 //! Calls on paths.
 
+use std::rc::Rc;
+
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
@@ -480,14 +482,13 @@ impl Kernel {
         if found.stat.st_size > MOST {
             return Err(Errno::ENOMEM);
         }
-        let fd = self.layers.open_read(&place)?;
-        let mut bytes = Vec::new();
-        use std::io::Read;
-        std::fs::File::from(fd)
-            .take(MOST as u64)
-            .read_to_end(&mut bytes)
-            .map_err(|why| Errno::from_raw(why.raw_os_error().unwrap_or(libc::EIO)))?;
-        Ok((super::Program::Bytes(bytes.into()), place.path))
+        let program = super::Program {
+            fd: Rc::new(self.layers.open_read(&place)?),
+            offset: 0,
+            len: found.stat.st_size.unsigned_abs(),
+            changes: found.presence.upper,
+        };
+        Ok((program, place.path))
     }
 
     /// An absolute path from one of the guest's.

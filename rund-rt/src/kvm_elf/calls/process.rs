@@ -2,6 +2,7 @@
 
 use nix::errno::Errno;
 
+use super::super::elf;
 use super::super::layout::STACK;
 use super::super::memory::GuestMemory;
 use super::super::stack::MOST_ARGUMENTS;
@@ -228,26 +229,20 @@ impl Kernel {
 
     /// `wait4`
     pub fn wait(&mut self, memory: &GuestMemory, pid: u64, status_at: u64, options: u64) -> Answer {
-        let pid = pid as i32;
-        if self.children.is_empty() || (pid > 0 && !self.children.contains(&pid)) {
-            return Err(Errno::ECHILD);
-        }
-        if options as i32 & !(libc::WNOHANG | libc::WUNTRACED | libc::WCONTINUED) != 0 {
+        let (pid, options) = (pid as i32, options as i32);
+        if options & !(libc::WNOHANG | libc::WUNTRACED | libc::WCONTINUED) != 0 {
             return Err(Errno::EINVAL);
         }
-        let mut status = 0;
-        let wanted = if pid > 0 { pid } else { -1 };
-        // SAFETY: a number that the call fills.
-        let found =
-            unsafe { libc::waitpid(wanted, &raw mut status, options as i32 & libc::WNOHANG) };
-        let found = Errno::result(found)?;
-        if found > 0 {
-            self.children.retain(|child| *child != found);
-            if status_at != 0 {
-                memory.write(status_at, &status.to_le_bytes())?;
-            }
+        let Some(ended) = self.children.wait(pid, options & libc::WNOHANG != 0)? else {
+            return Ok(0);
+        };
+        if ended.signal {
+            self.signals.raise(libc::SIGCHLD);
         }
-        Ok(i64::from(found))
+        if status_at != 0 {
+            memory.write(status_at, &ended.status.to_le_bytes())?;
+        }
+        Ok(i64::from(ended.pid))
     }
 
     /// `kill`, of the process itself and of its children.
@@ -261,7 +256,7 @@ impl Kernel {
             self.signals.raise(signal);
             return Ok(0);
         }
-        if !self.children.contains(&pid) {
+        if !self.children.contains(pid) {
             return Err(Errno::ESRCH);
         }
         // Its monitor takes it for the guest that it runs.
@@ -289,7 +284,7 @@ impl Kernel {
         let env = strings(memory, env, &mut room)?;
         let mut path = self.absolute(&path);
         let (mut program, _) = self.program_at(&path)?;
-        if let Some((interpreter, argument)) = script(&program.bytes()?) {
+        if let Some((interpreter, argument)) = script(&program.head(SCRIPT_LINE)?) {
             let rest = args.split_off(args.len().min(1));
             let shown = path;
             path = self.absolute(&interpreter);
@@ -300,9 +295,13 @@ impl Kernel {
             args.extend(rest);
         }
         // Before anything is undone: a program that cannot be loaded leaves the old one running.
-        super::super::elf::plan(&program.bytes()?).map_err(|_| Errno::ENOEXEC)?;
+        let plan = elf::plan(&program.head(elf::HEAD)?, program.len).map_err(|why| {
+            tracing::debug!(why, "execve");
+            Errno::ENOEXEC
+        })?;
         Ok(Outcome::Execute(Box::new(Execute {
             program,
+            plan,
             path,
             args,
             env,
@@ -366,11 +365,14 @@ fn strings(memory: &GuestMemory, mut at: u64, room: &mut usize) -> Result<Vec<Ve
     }
 }
 
+/// The part of a script in which its first line has to end (Linux: `BINPRM_BUF_SIZE`).
+const SCRIPT_LINE: u64 = 256;
+
 /// Interpreter and argument of a script.
 fn script(program: &[u8]) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
     let line = program.strip_prefix(b"#!")?;
     let line = line.split(|byte| *byte == b'\n').next()?;
-    let line = line.get(..line.len().min(255))?.trim_ascii();
+    let line = line.trim_ascii();
     let mut words = line.splitn(2, u8::is_ascii_whitespace);
     let interpreter = words.next()?.to_vec();
     let argument = words.next().map(|rest| rest.trim_ascii().to_vec());

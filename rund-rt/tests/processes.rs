@@ -1,0 +1,197 @@
+//! Guests that make processes and become other programs.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says what went wrong by failing"
+)]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use carlsbad_kit::capability::Capability;
+use rund_rt::{CloneSpec, Status, TemplateSpec};
+
+use common::{BUSYBOX, PATIENCE, busybox, root, runtime, shell, text};
+
+/// A script in a clone whose reset is verified: nothing may differ from the template afterwards.
+fn verified(template: &rund_rt::Template, runtime: &rund_rt::Runtime, script: &str) -> String {
+    let args = ["busybox", "sh", "-c", script];
+    let spec = CloneSpec::new().args(args).verify_reset();
+    let sandbox = runtime.start(template, spec).unwrap();
+    let exit = sandbox.wait(PATIENCE).unwrap();
+    if let Some(differences) = sandbox.reset_differences() {
+        assert_eq!(differences, Vec::<String>::new(), "after {script:?}");
+    }
+    text(&exit.stdout)
+}
+
+#[test]
+fn a_machine_is_the_template_again_after_forks_and_other_programs() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    for (script, expected) in [
+        ("exec cat /data/words | head -n 1", "pear\n"),
+        ("(echo one); (echo two); :", "one\ntwo\n"),
+        ("cat /data/empty; echo $((6 * 7))", "42\n"),
+        ("exec sh -c 'exec sh -c \"exec echo three\"'", "three\n"),
+        ("trap 'echo gone' EXIT; false | true; exec_not=1", "gone\n"),
+    ] {
+        assert_eq!(verified(&template, &runtime, script), expected, "{script}");
+    }
+    // The same machine served all of them, where pages that differ can be found (Linux 6.7).
+    let exit = shell(&runtime, &template, "echo five");
+    assert_eq!(text(&exit.stdout), "five\n");
+    let fresh = shell(&runtime, &template, "cat /proc/self/cmdline | tr '\\0' ' '");
+    assert_eq!(fresh.stats.recycled, exit.stats.recycled);
+}
+
+#[test]
+fn what_is_left_behind_ends_with_the_sandbox() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    // Three generations, all of which would write into whatever comes next.
+    let noisy = "while :; do echo late; echo late > /tmp/late; done";
+    let script = format!("( ( ({noisy}) & sleep 100 ) & {noisy} ) & usleep 20000; echo done");
+    for _ in 0..10 {
+        let exit = shell(&runtime, &template, &script);
+        assert!(text(&exit.stdout).ends_with("done\n") || text(&exit.stdout).contains("late"));
+        let next = shell(&runtime, &template, "usleep 2000; ls /tmp; echo mine");
+        assert_eq!(text(&next.stdout), "mine\n");
+        assert_eq!(text(&next.stderr), "");
+    }
+}
+
+#[test]
+fn a_childs_end_is_told_as_linux_tells_it() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    for (script, expected) in [
+        (
+            "(exit 0); echo $?; (exit 7); echo $?; (exit 255); echo $?",
+            "0\n7\n255\n",
+        ),
+        (
+            "sh -c 'kill -TERM $$'; echo $?; sh -c 'kill -KILL $$'; echo $?",
+            "143\n137\n",
+        ),
+        ("sleep 100 & kill -KILL $!; wait $!; echo $?", "137\n"),
+        ("sleep 100 & kill -TERM $!; wait $!; echo $?", "143\n"),
+        (
+            "(exit 3) & a=$!; (exit 4) & b=$!; wait $b; echo $?; wait $a; echo $?",
+            "4\n3\n",
+        ),
+        ("trap 'echo child' CHLD; (exit 1); echo $?", "1\nchild\n"),
+        ("true & wait; true & wait; wait; echo $?", "0\n"),
+        (
+            "echo x | (read y; echo $y; exit 5) | cat; echo $?",
+            "x\n0\n",
+        ),
+    ] {
+        let exit = shell(&runtime, &template, script);
+        let said = text(&exit.stdout);
+        let mut said: Vec<_> = said.lines().collect();
+        let mut expected: Vec<_> = expected.lines().collect();
+        // When a trap runs is the shell's choice.
+        if script.contains("trap") {
+            said.sort_unstable();
+            expected.sort_unstable();
+        }
+        assert_eq!(said, expected, "{script}: {}", text(&exit.stderr));
+    }
+}
+
+#[test]
+fn many_processes_one_after_the_other_use_nothing_up() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    let script = "i=0; while [ $i -lt 150 ]; do (exit 0) || echo no; i=$((i + 1)); done; echo $i";
+    let exit = shell(&runtime, &template, script);
+    assert_eq!(text(&exit.stdout), "150\n", "{}", text(&exit.stderr));
+}
+
+#[test]
+fn a_program_that_the_guest_wrote_runs() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    let script = "cp /bin/busybox /tmp/sh && /tmp/sh -c 'echo > /tmp/sh; echo still here'; \
+                  printf '#!/bin/sh\\necho script $0 $1\\n' > /tmp/s; chmod +x /tmp/s; /tmp/s one; \
+                  echo nonsense > /tmp/n; chmod +x /tmp/n; /tmp/n 2>&1 | grep -c -i 'not found'";
+    let exit = shell(&runtime, &template, script);
+    assert_eq!(
+        text(&exit.stdout),
+        "still here\nscript /tmp/s one\n1\n",
+        "{}",
+        text(&exit.stderr)
+    );
+}
+
+#[test]
+fn a_program_given_by_a_relative_path_knows_its_own() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let dir = tempfile::tempdir_in(".").unwrap();
+    std::fs::copy(BUSYBOX, dir.path().join("busybox")).unwrap();
+    let relative = std::path::Path::new(".").join(dir.path().file_name().unwrap());
+    let runtime = runtime();
+    let spec = TemplateSpec::new(relative.join("busybox"));
+    let template = runtime.prepare(&spec).unwrap();
+    let args = ["busybox", "readlink", "/proc/self/exe"];
+    let sandbox = runtime
+        .start(&template, CloneSpec::new().args(args))
+        .unwrap();
+    let exit = sandbox.wait(PATIENCE).unwrap();
+    assert_eq!(exit.status, Status::Code(0));
+    assert!(text(&exit.stdout).starts_with('/'), "{exit:?}");
+}
+
+/// The window on a file was laid once, and never again.
+#[test]
+fn a_file_that_is_read_in_pieces_leaves_the_machine_rarely() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let bytes: Vec<u8> = (0..4u32 << 20).map(|i| (i ^ i >> 9) as u8).collect();
+    std::fs::write(root.path().join("data/large"), bytes).unwrap();
+    let template = busybox(&runtime, root.path());
+    let file = "/data/large";
+    let args = ["busybox", "sha256sum", file];
+    let sandbox = runtime
+        .start(&template, CloneSpec::new().args(args))
+        .unwrap();
+    let exit = sandbox.wait(PATIENCE).unwrap();
+    let host = std::process::Command::new(BUSYBOX)
+        .arg("sha256sum")
+        .arg(root.path().join("data/large"))
+        .output()
+        .unwrap();
+    assert_eq!(exit.stdout[..64], host.stdout[..64]);
+    if exit.stats.served_inside == 0 {
+        return; // No shim here: every call leaves the machine.
+    }
+    // 1,024 calls of 4 KiB.
+    assert!(exit.stats.exits < 60, "{} calls left", exit.stats.exits);
+    assert!(exit.stats.served_inside > 900, "{:?}", exit.stats);
+}
+
+#[test]
+fn a_child_that_never_ends_is_not_waited_for() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    let began = Instant::now();
+    let exit = shell(&runtime, &template, "sleep 1000 & echo here");
+    assert_eq!(text(&exit.stdout), "here\n");
+    assert!(began.elapsed() < Duration::from_secs(20));
+}
