@@ -78,6 +78,9 @@ pub use error::{Error, Result};
 pub use init::init;
 #[cfg(target_arch = "x86_64")]
 pub use kvm_elf::KvmElf;
+#[cfg(all(fuzzing, target_arch = "x86_64"))]
+#[doc(hidden)]
+pub use kvm_elf::fuzzing;
 pub use process::ProcessBackend;
 pub use qemu::{Qemu, initramfs as qemu_initramfs};
 pub use runtime::{Runtime, RuntimeBuilder};

@@ -17,6 +17,8 @@ mod cpu;
 mod elf;
 mod file_layout;
 mod fork;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod guest;
 mod interrupt;
 mod layout;

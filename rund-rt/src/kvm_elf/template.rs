@@ -125,8 +125,10 @@ impl State {
             }
             end = extent.offset + extent.len;
         }
+        self.plan.check()?;
         let (offset, len) = self.program;
-        if offset.checked_add(len).is_none_or(|end| end > file_len) {
+        if !offset.is_multiple_of(PAGE) || offset.checked_add(len).is_none_or(|end| end > file_len)
+        {
             return Err("a program outside of it".into());
         }
         if !self.root.is_multiple_of(PAGE) || self.root >= LARGE {
