@@ -201,8 +201,6 @@ pub fn build(
         guest
             .begin(&build.args, &build.env, &build.program_path)
             .map_err(|why| Failure::Program(why.to_string()))?;
-        // Every draw is to come to the host, to be counted.
-        guest.memory.set_data(data::CLOCKS, 0);
         interrupt::install().map_err(|why| other(why.to_string()))?;
         interrupt::set(Some(build.deadline));
         let end = guest.run();

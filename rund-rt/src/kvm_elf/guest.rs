@@ -15,6 +15,7 @@ use super::clock;
 use super::cpu;
 use super::elf::{LoadPlan, Segment};
 use super::interrupt;
+use super::kept;
 use super::layout::{Layout, PAGE, SYSTEM_START, page_up, system};
 use super::machine::{Host, Machine, Refusal, Stop};
 use super::memory::{Extent, GuestMemory};
@@ -209,6 +210,7 @@ impl Guest {
     /// Takes what the shim has kept.
     fn collect(&mut self) {
         if self.way_back == Return::Jump {
+            kept::collect(&self.memory, &mut self.kernel);
             self.windows.take_output(&self.memory, &mut self.kernel);
             self.windows.settle(&self.memory);
         }
@@ -281,6 +283,7 @@ impl Guest {
         };
         self.machine.regs().rax = value as u64;
         if self.way_back == Return::Jump {
+            kept::after(&self.memory, &self.kernel, call.number);
             self.windows
                 .after(&call, value, &self.memory, &mut self.kernel);
         }
@@ -315,6 +318,9 @@ impl Guest {
             // A call is being answered: the signal is delivered when the next one returns.
             return None;
         }
+        if self.way_back == Return::Jump {
+            kept::collect(&self.memory, &mut self.kernel);
+        }
         self.deliver(regs, false)
     }
 
@@ -323,9 +329,17 @@ impl Guest {
         let mut regs = regs;
         match self.kernel.signals.deliver(&self.memory, &mut regs) {
             Some(Delivery::Fatal(signal)) => Some(End::Status(Status::Signal(signal))),
-            Some(Delivery::Handled) => self.go_on(regs, from_ring0),
+            Some(Delivery::Handled) => self.go_on_in_handler(regs, from_ring0),
             None => None,
         }
+    }
+
+    fn go_on_in_handler(&mut self, regs: kvm_regs, from_ring0: bool) -> Option<End> {
+        if self.way_back == Return::Jump {
+            // One that runs only once is not in force any more.
+            kept::publish_actions(&self.memory, &self.kernel);
+        }
+        self.go_on(regs, from_ring0)
     }
 
     /// Lets the guest go on with `regs`, at its own privilege.
@@ -375,9 +389,12 @@ impl Guest {
             _ => libc::SIGSEGV,
         };
         (regs.rip, regs.rflags) = (rip, flags);
+        if self.way_back == Return::Jump {
+            kept::collect(&self.memory, &mut self.kernel);
+        }
         self.kernel.signals.raise(signal);
         match self.kernel.signals.deliver(&self.memory, &mut regs) {
-            Some(Delivery::Handled) => self.go_on(regs, true),
+            Some(Delivery::Handled) => self.go_on_in_handler(regs, true),
             // One that is ignored or blocked ends it all the same, as on Linux.
             Some(Delivery::Fatal(_)) | None => Some(End::Status(Status::Signal(signal))),
         }
@@ -463,7 +480,11 @@ impl Guest {
         }
         self.memory.set_data(shim::data::SERVED, 0);
         if self.way_back == Return::Jump {
-            clock::publish(&self.memory, self.host.tsc_khz(&self.machine));
+            // While a template is built every draw comes to the host, to be counted.
+            let counts = self.kernel.snapshot.is_some();
+            let khz = self.host.tsc_khz(&self.machine);
+            clock::publish(&self.memory, khz.filter(|_| !counts));
+            kept::publish(&self.memory, &self.kernel, !counts);
             self.windows.publish(&self.memory, &self.kernel);
         }
     }

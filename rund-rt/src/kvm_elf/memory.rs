@@ -271,6 +271,16 @@ impl GuestMemory {
         self.word(system::DATA + at)
     }
 
+    /// Reads bytes of the shim's data page.
+    pub fn read_data(&self, at: u64, into: &mut [u8]) {
+        self.read_offset(system::DATA + at, into);
+    }
+
+    /// Writes bytes of the shim's data page.
+    pub fn write_data(&self, at: u64, from: &[u8]) {
+        self.write_offset(system::DATA + at, from);
+    }
+
     /// Sets a word of the shim's data page.
     pub fn set_data(&self, at: u64, value: u64) {
         self.write_offset(system::DATA + at, &value.to_le_bytes());

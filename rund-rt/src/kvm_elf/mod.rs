@@ -21,6 +21,7 @@ mod fork;
 pub mod fuzzing;
 mod guest;
 mod interrupt;
+mod kept;
 mod layout;
 mod machine;
 mod memory;

@@ -54,6 +54,20 @@ pub mod data {
     pub const WINDOW_SIZE: u64 = 0x20;
     /// Where a handler keeps rcx, rdi, rsi, rdx and rax.
     pub const SAVED: u64 = 0x1c0;
+    /// The limit of the stack, in bytes.
+    pub const STACK_LIMIT: u64 = 0x200;
+    /// Bytes of entropy that were not given out, of those at [`ENTROPY`].
+    pub const ENTROPY_LEFT: u64 = 0x208;
+    /// Whether a handler was changed inside.
+    pub const ACTIONS_CHANGED: u64 = 0x210;
+    /// The process' name, 16 bytes with a zero at the end.
+    pub const NAME: u64 = 0x220;
+    /// Entropy, given out from its end.
+    pub const ENTROPY: u64 = 0x300;
+    /// Bytes of it.
+    pub const ENTROPY_LEN: u64 = 0x80;
+    /// The handlers of signals 1 to 64, as `rt_sigaction` gives them.
+    pub const ACTIONS: u64 = 0x800;
 }
 
 /// How the entry code goes back to the guest.

@@ -68,6 +68,14 @@ rund_rt_shim_start:
     je .Lrund_gid
     cmp rax, 108
     je .Lrund_gid
+    cmp rax, 13
+    je .Lrund_action
+    cmp rax, 318
+    je .Lrund_entropy
+    cmp rax, 157
+    je .Lrund_prctl
+    cmp rax, 302
+    je .Lrund_limit
 
     .globl rund_rt_shim_exit
     .hidden rund_rt_shim_exit
@@ -246,6 +254,125 @@ rund_rt_shim_return:
     mov [r11], rsi
     sub [r11 + 8], rax
     rund_restore
+    jmp .Lrund_done
+
+# rt_sigaction(signal, new, old, 8). The new one is read first: it may be where the old one goes.
+.Lrund_action:
+    cmp r10, 8
+    jne .Lrund_exit
+    lea r11, [rdi - 1]
+    cmp r11, 63
+    ja .Lrund_exit
+    cmp rdi, 9
+    je .Lrund_exit
+    cmp rdi, 19
+    je .Lrund_exit
+    rund_save
+    shl r11, 5
+    lea rcx, [rip + D + 0x800]
+    add r11, rcx
+    test rsi, rsi
+    jz .Lrund_action_kept
+    mov rax, [rsi]
+    mov rcx, [rsi + 8]
+    mov rdi, [rsi + 16]
+    mov rsi, [rsi + 24]
+    mov qword ptr [rip + D + 0x210], 1
+    xchg rax, [r11]
+    xchg rcx, [r11 + 8]
+    xchg rdi, [r11 + 16]
+    xchg rsi, [r11 + 24]
+    jmp .Lrund_action_old
+.Lrund_action_kept:
+    mov rax, [r11]
+    mov rcx, [r11 + 8]
+    mov rdi, [r11 + 16]
+    mov rsi, [r11 + 24]
+.Lrund_action_old:
+    test rdx, rdx
+    jz .Lrund_action_done
+    mov [rdx], rax
+    mov [rdx + 8], rcx
+    mov [rdx + 16], rdi
+    mov [rdx + 24], rsi
+.Lrund_action_done:
+    rund_restore
+    xor eax, eax
+    jmp .Lrund_done
+
+# getrandom(bytes, len, flags): from the end of what is left, which is forgotten.
+.Lrund_entropy:
+    cmp rdx, 3
+    ja .Lrund_exit
+    mov r11, [rip + D + 0x208]
+    cmp r11, 0x80
+    ja .Lrund_exit
+    cmp rsi, r11
+    ja .Lrund_exit
+    rund_save
+    sub r11, rsi
+    mov [rip + D + 0x208], r11
+    lea rax, [rip + D + 0x300]
+    add r11, rax
+    mov rcx, rsi
+    mov rsi, r11
+    cld
+    rep movsb
+    mov rdi, r11
+    mov rcx, [rip + D + 0x1d0]
+    xor eax, eax
+    rep stosb
+    rund_restore
+    mov rax, rsi
+    jmp .Lrund_done
+
+# prctl(PR_SET_NAME, name) and prctl(PR_GET_NAME, name)
+.Lrund_prctl:
+    cmp rdi, 16
+    je .Lrund_get_name
+    cmp rdi, 15
+    jne .Lrund_exit
+    rund_save
+    lea r11, [rip + D + 0x220]
+    xor eax, eax
+    mov [r11], rax
+    mov [r11 + 8], rax
+    xor ecx, ecx
+.Lrund_set_name:
+    mov al, [rsi + rcx]
+    test al, al
+    jz .Lrund_name_done
+    mov [r11 + rcx], al
+    inc ecx
+    cmp ecx, 15
+    jb .Lrund_set_name
+    jmp .Lrund_name_done
+.Lrund_get_name:
+    rund_save
+    mov rax, [rip + D + 0x220]
+    mov rcx, [rip + D + 0x228]
+    mov [rsi], rax
+    mov [rsi + 8], rcx
+.Lrund_name_done:
+    rund_restore
+    xor eax, eax
+    jmp .Lrund_done
+
+# prlimit64(0, RLIMIT_STACK, 0, old)
+.Lrund_limit:
+    test rdi, rdi
+    jnz .Lrund_exit
+    cmp rsi, 3
+    jne .Lrund_exit
+    test rdx, rdx
+    jnz .Lrund_exit
+    test r10, r10
+    jz .Lrund_exit
+    rund_save
+    mov r11, [rip + D + 0x200]
+    mov [r10], r11
+    mov [r10 + 8], r11
+    xor eax, eax
     jmp .Lrund_done
 
 .Lrund_exit_saved:

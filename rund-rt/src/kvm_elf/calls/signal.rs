@@ -32,6 +32,13 @@ struct Action {
     mask: u64,
 }
 
+impl Action {
+    /// As the kernel's interface orders it.
+    const fn words(&self) -> [u64; ACTION_WORDS] {
+        [self.handler, self.flags, self.restorer, self.mask]
+    }
+}
+
 /// Handlers, mask, and what is pending.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Signals {
@@ -72,7 +79,49 @@ pub const fn is_harmless(signal: i32) -> bool {
     )
 }
 
+/// Signals that Linux knows.
+pub const SIGNALS: usize = 64;
+/// Words of what `rt_sigaction` gives and takes.
+pub const ACTION_WORDS: usize = 4;
+
 impl Signals {
+    /// What is done about each signal, as `rt_sigaction` gives it.
+    pub fn actions(&self) -> [u64; SIGNALS * ACTION_WORDS] {
+        let mut words = [0; SIGNALS * ACTION_WORDS];
+        for (signal, action) in &self.actions {
+            let place = words
+                .chunks_exact_mut(ACTION_WORDS)
+                .nth(*signal as usize - 1);
+            if let Some(place) = place {
+                place.copy_from_slice(&action.words());
+            }
+        }
+        words
+    }
+
+    /// Sets what is done about each.
+    pub fn set_actions(&mut self, bytes: &[u8; SIGNALS * ACTION_WORDS * 8]) {
+        self.actions.clear();
+        for (signal, words) in (1..).zip(bytes.chunks_exact(ACTION_WORDS * 8)) {
+            if words.iter().all(|byte| *byte == 0)
+                || [libc::SIGKILL, libc::SIGSTOP].contains(&signal)
+            {
+                continue;
+            }
+            let word = |i: usize| {
+                let bytes = words.get(i * 8..i * 8 + 8).and_then(|b| b.try_into().ok());
+                u64::from_le_bytes(bytes.unwrap_or_default())
+            };
+            let action = Action {
+                handler: word(0),
+                flags: word(1),
+                restorer: word(2),
+                mask: word(3),
+            };
+            self.actions.push((signal, action));
+        }
+    }
+
     fn action_of(&self, signal: i32) -> Action {
         let known = self.actions.iter().find(|(number, _)| *number == signal);
         known.map_or_else(Action::default, |(_, action)| *action)
@@ -129,13 +178,11 @@ impl Signals {
             self.set(signal, action);
         }
         if old != 0 {
-            let words = [
-                current.handler,
-                current.flags,
-                current.restorer,
-                current.mask,
-            ];
-            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let bytes: Vec<u8> = current
+                .words()
+                .iter()
+                .flat_map(|word| word.to_le_bytes())
+                .collect();
             memory.write(old, &bytes)?;
         }
         Ok(0)
