@@ -119,6 +119,26 @@ fn many_processes_one_after_the_other_use_nothing_up() {
     assert_eq!(text(&exit.stdout), "150\n", "{}", text(&exit.stderr));
 }
 
+/// More programs than there is room for page tables side by side.
+#[test]
+fn a_process_becomes_many_programs() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let again = "#!/bin/sh\n[ $1 = 0 ] && exec echo end\nexec /data/again $(($1 - 1))\n";
+    std::fs::write(root.path().join("data/again"), again).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(root.path().join("data/again"), mode).unwrap();
+    let template = busybox(&runtime, root.path());
+    for script in [
+        "exec /data/again 60",
+        "exec /data/again 3",
+        "exec /data/again 60",
+    ] {
+        assert_eq!(verified(&template, &runtime, script), "end\n", "{script}");
+    }
+}
+
 #[test]
 fn a_program_that_the_guest_wrote_runs() {
     carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);

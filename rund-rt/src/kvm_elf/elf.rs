@@ -230,7 +230,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::fuzzing::Tables;
-    use super::super::layout::{LARGE, Layout};
+    use super::super::layout::{LARGE, Layout, system};
     use super::super::page_table;
     use super::*;
 
@@ -359,7 +359,7 @@ mod tests {
                 return Ok(());
             };
             let mut tables = Tables::new();
-            if page_table::write(&mut tables, &layout).is_err() {
+            if page_table::write(&mut tables, &layout, system::TABLES).is_err() {
                 return Ok(());
             }
             fitted.set(fitted.get() + 1);

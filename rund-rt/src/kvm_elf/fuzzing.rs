@@ -94,7 +94,7 @@ mod targets {
             return;
         };
         let mut tables = Tables::new();
-        if page_table::write(&mut tables, &layout).is_err() {
+        if page_table::write(&mut tables, &layout, system::TABLES).is_err() {
             return;
         }
         for region in &layout.regions {

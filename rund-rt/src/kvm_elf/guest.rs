@@ -54,11 +54,11 @@ impl Image {
     ) -> Result<(GuestMemory, u64), String> {
         let mut memory =
             GuestMemory::new(&self.layout).map_err(|why| format!("no memory: {why}"))?;
-        let root = self.fill(&mut memory, contents, way_back)?;
-        Ok((memory, root))
+        self.fill(&mut memory, contents, way_back, system::TABLES)?;
+        Ok((memory, system::TABLES))
     }
 
-    /// Writes program and tables into memory of zeros; gives the root of the tables.
+    /// Writes program and tables, these from `root` on, into memory of zeros; gives their end.
     ///
     /// # Errors
     /// Where there is no room.
@@ -67,8 +67,9 @@ impl Image {
         memory: &mut GuestMemory,
         contents: &Contents<'_>,
         way_back: Return,
+        root: u64,
     ) -> Result<u64, String> {
-        let root = page_table::write(memory, &self.layout)?;
+        let end = page_table::write(memory, &self.layout, root)?;
         cpu::write_tables(memory);
         memory.write_offset(system::CODE, &shim::code(way_back));
         for segment in &self.plan.segments {
@@ -99,7 +100,7 @@ impl Image {
                 }
             }
         }
-        Ok(root)
+        Ok(end)
     }
 }
 
@@ -158,6 +159,10 @@ pub struct Guest {
     pub kernel: Kernel,
     pub image: Image,
     pub root: u64,
+    /// Where no page table has been, 0 where that is not known yet.
+    pub unused_tables: u64,
+    /// Whether there are other tables where the template's were.
+    pub tables_overwritten: bool,
     pub host: Rc<Host>,
     pub way_back: Return,
     pub windows: Windows,
@@ -415,15 +420,20 @@ impl Guest {
             // The call's own instruction is not the new program's.
             self.machine.complete();
         }
-        self.machine.take_memory().map_err(|why| why.to_string())?;
         self.windows.forget();
-        self.memory
-            .renew(&image.layout)
-            .map_err(|why| format!("no memory: {why}"))?;
         let contents = Contents::Part(&execute.program, way);
-        self.root = image.fill(&mut self.memory, &contents, self.way_back)?;
+        let behind = self.unused_tables();
+        if self.exchange(&image, &contents, behind).is_err() {
+            // There is no room behind those of the programs before.
+            self.machine.take_memory().map_err(|why| why.to_string())?;
+            self.exchange(&image, &contents, system::TABLES)?;
+            self.machine
+                .give_memory(&self.memory)
+                .map_err(|why| why.to_string())?;
+            self.tables_overwritten = true;
+        }
         self.machine
-            .begin_again(&self.memory, self.root)
+            .begin_again(self.root)
             .map_err(|why| why.to_string())?;
         self.image = image;
         self.is_template = false;
@@ -431,6 +441,31 @@ impl Guest {
         self.kernel.space = super::calls::space::Space::new(&self.image.layout);
         self.begin(&execute.args, &execute.env, &execute.path)
             .map_err(|why| why.to_string())
+    }
+
+    /// Where no page table has been since the machine has its memory. KVM keeps what it has made of
+    /// a table for as long as the guest does not write to it, and this side's writes it does not
+    /// see; of all other pages it lets go when others are mapped in their place.
+    fn unused_tables(&mut self) -> u64 {
+        if self.unused_tables == 0 {
+            self.unused_tables = page_table::end(&self.memory, self.root);
+        }
+        self.unused_tables
+    }
+
+    /// Puts another program into the memory, with its tables from `root` on.
+    fn exchange(
+        &mut self,
+        image: &Image,
+        contents: &Contents<'_>,
+        root: u64,
+    ) -> Result<(), String> {
+        self.memory
+            .renew(&image.layout)
+            .map_err(|why| format!("no memory: {why}"))?;
+        self.unused_tables = image.fill(&mut self.memory, contents, self.way_back, root)?;
+        self.root = root;
+        Ok(())
     }
 
     /// Sets the machine to the program's first instruction.

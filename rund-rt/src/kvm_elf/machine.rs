@@ -228,12 +228,19 @@ impl Machine {
         unsafe { self.vm.set_user_memory_region(none) }.map_err(refused("take memory"))
     }
 
-    /// Gives it `memory` again, and a processor that is about to begin a program.
+    /// Gives it `memory` again.
     ///
     /// # Errors
     /// What KVM refused.
-    pub fn begin_again(&mut self, memory: &GuestMemory, root: u64) -> Result<(), Refusal> {
-        give_memory(&self.vm, memory)?;
+    pub fn give_memory(&self, memory: &GuestMemory) -> Result<(), Refusal> {
+        give_memory(&self.vm, memory)
+    }
+
+    /// A processor that is about to begin a program whose page tables hang on `root`.
+    ///
+    /// # Errors
+    /// What KVM refused.
+    pub fn begin_again(&mut self, root: u64) -> Result<(), Refusal> {
         let mut sregs = self.first_sregs;
         sregs.cr3 = root;
         self.set_vectors(&cpu::first_vectors())?;
@@ -242,15 +249,6 @@ impl Machine {
         synchronised.sregs = sregs;
         self.vcpu.set_sync_dirty_reg(SyncReg::SystemRegister);
         Ok(())
-    }
-
-    /// Gives it `memory` again, as it was when `saved` was.
-    ///
-    /// # Errors
-    /// What KVM refused.
-    pub fn go_back(&mut self, memory: &GuestMemory, saved: &Registers) -> Result<(), Refusal> {
-        give_memory(&self.vm, memory)?;
-        self.restore(saved)
     }
 
     /// Runs the guest until it leaves the machine.

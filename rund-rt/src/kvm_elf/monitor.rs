@@ -138,6 +138,8 @@ impl Monitor {
                     layout,
                 },
                 root: state.root,
+                unused_tables: 0,
+                tables_overwritten: false,
                 host: Rc::clone(&surroundings.host),
                 way_back,
                 windows: Windows::default(),
@@ -365,15 +367,25 @@ impl Monitor {
         if guest.way_back == Return::Sysret {
             guest.machine.complete();
         }
-        guest.machine.take_memory().map_err(|why| why.to_string())?;
+        if guest.tables_overwritten {
+            guest.machine.take_memory().map_err(|why| why.to_string())?;
+        }
         guest
             .memory
             .renew(&template.layout)
             .and_then(|()| guest.memory.lay(&*template.file, &template.state.extents))
             .map_err(|why| format!("the template's pages: {why}"))?;
+        if guest.tables_overwritten {
+            guest
+                .machine
+                .give_memory(&guest.memory)
+                .map_err(|why| why.to_string())?;
+            guest.tables_overwritten = false;
+            guest.unused_tables = 0;
+        }
         guest
             .machine
-            .go_back(&guest.memory, &self.registers)
+            .restore(&self.registers)
             .map_err(|why| why.to_string())?;
         guest.image = Image {
             plan: template.state.plan.clone(),

@@ -10,6 +10,8 @@ const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE_PAGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
+/// Entries of a table.
+const ENTRIES: u64 = PAGE / 8;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Where tables are written to: 64-bit words of the guest's memory.
@@ -20,14 +22,15 @@ pub trait Words {
     fn set_word(&mut self, offset: u64, value: u64);
 }
 
-/// Writes the tables of `layout`; gives the offset of the root.
+/// Writes the tables of `layout` from `root` on, where the memory is zero; gives their end.
 ///
 /// # Errors
 /// Where the tables do not fit into the room for them, in words.
-pub fn write(memory: &mut impl Words, layout: &Layout) -> Result<u64, String> {
+pub fn write(memory: &mut impl Words, layout: &Layout, root: u64) -> Result<u64, String> {
     let mut tables = Tables {
         memory,
-        next: system::TABLES + PAGE,
+        root,
+        next: root + PAGE,
     };
     let user = |region: &Region| {
         let mut bits = PRESENT | USER | ACCESSED;
@@ -60,11 +63,39 @@ pub fn write(memory: &mut impl Words, layout: &Layout) -> Result<u64, String> {
         }
     }
     const { assert!(IMAGE_END < SYSTEM_START) };
-    Ok(system::TABLES)
+    Ok(tables.next)
+}
+
+/// End of the last table that hangs on `root`.
+pub fn end(memory: &impl Words, root: u64) -> u64 {
+    /// Pages among which the tables are.
+    const PAGES: usize = (LARGE / PAGE) as usize;
+    // Those that were seen: a template's file could hold tables that point to each other.
+    let mut seen = [false; PAGES];
+    let mut left = vec![(root, 3)];
+    let mut end = root;
+    while let Some((table, level)) = left.pop() {
+        match seen.get_mut((table / PAGE) as usize) {
+            Some(seen) if !*seen => *seen = true,
+            _ => continue,
+        }
+        end = end.max(table + PAGE);
+        if level == 0 {
+            continue;
+        }
+        for i in 0..ENTRIES {
+            let entry = memory.word(table + i * 8);
+            if entry & PRESENT != 0 && entry & LARGE_PAGE == 0 {
+                left.push((entry & ADDRESS, level - 1));
+            }
+        }
+    }
+    end
 }
 
 struct Tables<'a, M> {
     memory: &'a mut M,
+    root: u64,
     /// The next free page.
     next: u64,
 }
@@ -72,7 +103,7 @@ struct Tables<'a, M> {
 impl<M: Words> Tables<'_, M> {
     /// Maps one page, small or large.
     fn map(&mut self, address: u64, entry: u64, large: bool) -> Result<(), String> {
-        let mut table = system::TABLES;
+        let mut table = self.root;
         let last = if large { 1 } else { 0 };
         for level in (last + 1..4).rev() {
             table = self.below(table + index(address, level) * 8)?;
