@@ -108,6 +108,7 @@ impl Windows {
             libc::SYS_write
                 | libc::SYS_writev
                 | libc::SYS_pwrite64
+                | libc::SYS_sendfile
                 | libc::SYS_ftruncate
                 | libc::SYS_truncate
                 | libc::SYS_open
@@ -118,11 +119,13 @@ impl Windows {
                 | libc::SYS_fcntl
         );
         // A write to what is not a regular file changes none; that is most of them.
-        let harmless = matches!(number, libc::SYS_write | libc::SYS_writev) && call.args[0] <= 2
+        let writes = [libc::SYS_write, libc::SYS_writev, libc::SYS_sendfile].contains(&number);
+        let harmless = writes && call.args[0] <= 2
             || matches!(number, libc::SYS_open | libc::SYS_openat);
         let one = matches!(number, libc::SYS_lseek | libc::SYS_close | libc::SYS_readv);
         for input in self.inputs.iter_mut().flatten() {
-            if (changes_all && !harmless) || (one && input.fd == call.args[0]) {
+            let sent = number == libc::SYS_sendfile && input.fd == call.args[1];
+            if (changes_all && !harmless) || (one && input.fd == call.args[0]) || sent {
                 input.stands = false;
             }
         }

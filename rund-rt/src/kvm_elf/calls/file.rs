@@ -92,7 +92,7 @@ impl Kernel {
     }
 
     /// Counts what a write of `len` bytes at `at` adds to the writable layer; gives the bytes.
-    fn grow(&self, file: &HostFile, at: u64, len: u64) -> Result<u64, Errno> {
+    pub(super) fn grow(&self, file: &HostFile, at: u64, len: u64) -> Result<u64, Errno> {
         if !file.upper {
             return Ok(0);
         }
@@ -621,7 +621,7 @@ pub fn directory(path: Vec<u8>) -> Open {
 }
 
 /// Where a file of the writable layer is written next.
-fn position(file: &HostFile) -> Result<u64, Errno> {
+pub(super) fn position(file: &HostFile) -> Result<u64, Errno> {
     // SAFETY: a descriptor of ours.
     let flags = Errno::result(unsafe { libc::fcntl(file.fd.as_raw_fd(), libc::F_GETFL) })?;
     if flags & libc::O_APPEND != 0 {

@@ -12,6 +12,7 @@ pub mod layers;
 pub mod output;
 pub mod path;
 pub mod process;
+pub mod send;
 pub mod signal;
 pub mod space;
 pub mod table;
@@ -237,6 +238,7 @@ impl Kernel {
             libc::SYS_writev => self.write_vector(m, a, b, c)?,
             libc::SYS_pread64 => self.pread(m, a, b, c, d)?,
             libc::SYS_pwrite64 => self.pwrite(m, a, b, c, d)?,
+            libc::SYS_sendfile => self.sendfile(m, [a, b, c, d])?,
             libc::SYS_lseek => self.lseek(a, b, c)?,
             libc::SYS_close => self.table.close(a).map(|()| 0)?,
             libc::SYS_dup => self.dup(a, None, false)?,
