@@ -132,6 +132,51 @@ pub fn first_vectors() -> [u32; XSAVE_WORDS] {
     region
 }
 
+/// Bytes of the area of the legacy registers, and where what it holds begins (Intel SDM, volume 1,
+/// table 13-1).
+const LEGACY: usize = 512;
+const MXCSR: std::ops::Range<usize> = 24..28;
+const MXCSR_MASK: std::ops::Range<usize> = 28..32;
+const XMM: std::ops::Range<usize> = 160..416;
+
+/// An area of vectors without what means nothing: parts that are in their initial state are written
+/// out, which a processor may or may not do. `parts` are number, offset and size of the extended
+/// ones.
+pub fn plain_vectors(area: &[u32], parts: &[(u32, usize, usize)]) -> Vec<u8> {
+    let mut bytes: Vec<u8> = area.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let present = bytes
+        .get(LEGACY..LEGACY + 8)
+        .and_then(|word| word.try_into().ok())
+        .map_or(0, u64::from_le_bytes);
+    let is_there = |part: u32| present >> part & 1 != 0;
+    let mut put = |range: std::ops::Range<usize>, value: &[u8]| {
+        if let Some(place) = bytes.get_mut(range) {
+            place.fill(0);
+            let len = value.len().min(place.len());
+            place[..len].copy_from_slice(&value[..len]);
+        }
+    };
+    put(MXCSR_MASK, &[]);
+    put(416..LEGACY, &[]);
+    if !is_there(0) {
+        put(0..MXCSR.start, &0x37fu16.to_le_bytes());
+        put(MXCSR_MASK.end..XMM.start, &[]);
+    }
+    if !is_there(1) {
+        put(XMM, &[]);
+    }
+    if !is_there(1) && !is_there(2) {
+        put(MXCSR, &0x1f80u32.to_le_bytes());
+    }
+    for (part, offset, size) in parts {
+        if !is_there(*part) {
+            put(*offset..offset + size, &[]);
+        }
+    }
+    put(LEGACY..LEGACY + 64, &[]);
+    bytes
+}
+
 /// Sets the registers that a guest program cannot, on top of what the processor began with.
 pub fn set_system_registers(sregs: &mut kvm_sregs, root: u64) {
     set_user_mode(sregs);
