@@ -378,7 +378,7 @@ impl Machine {
 
     fn set_vectors(&self, region: &[u32; XSAVE_WORDS]) -> Result<(), Refusal> {
         let xsave = kvm_xsave {
-            region: *region,
+            region: cpu::legacy_written_out(region),
             ..Default::default()
         };
         // SAFETY: the processor was given no more state than fits into this structure: XCR0 leaves
