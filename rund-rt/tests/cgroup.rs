@@ -290,7 +290,8 @@ fn the_oom_of_one_group_spares_its_neighbours() {
         assert_eq!(usage.oom_kills, Some(0));
         assert!(usage.memory_peak.unwrap() >= ByteSize::mib(7));
     }
-    assert_eq!(boxes[1].0.usage().unwrap().oom_kills, Some(1));
+    // Version 2 ends all members of the group, and counts each.
+    assert!(boxes[1].0.usage().unwrap().oom_kills.unwrap() >= 1);
 }
 
 #[test]

@@ -23,7 +23,14 @@ const KERNEL: &str = "linux-image-amd64";
 /// In the order in which they have to be loaded.
 const MODULES: [&str; 4] = ["irqbypass", "kvm", "ccp", "kvm-amd"];
 /// Test targets that run there.
-const TARGETS: [&str; 4] = ["hostile", "clones", "processes", "busybox"];
+const TARGETS: [&str; 6] = [
+    "hostile",
+    "clones",
+    "processes",
+    "busybox",
+    "limits",
+    "cgroup",
+];
 /// How long a machine may run.
 const PATIENCE: Duration = Duration::from_secs(600);
 
