@@ -253,7 +253,12 @@ impl Session {
             mode,
             owner: new_owner(),
             bell: Event::adopt(bell),
-            lanes: Mutex::new((0..LANES).rev().map(|at| Lane::new(&channel, 0, at)).collect()),
+            lanes: Mutex::new(
+                (0..LANES)
+                    .rev()
+                    .map(|at| Lane::new(&channel, 0, at))
+                    .collect(),
+            ),
             channels: Mutex::new(1),
             peers: Peers::default(),
             regions: Mutex::default(),
@@ -389,7 +394,11 @@ impl Session {
         }
         let (_, descriptors) = self.ask(&Request::Channel, &[])?;
         let channel = Channel::over(Sealed::adopt(one(descriptors)?, true)?)?;
-        lanes.extend((0..LANES).rev().map(|at| Lane::new(&channel, *channels, at)));
+        lanes.extend(
+            (0..LANES)
+                .rev()
+                .map(|at| Lane::new(&channel, *channels, at)),
+        );
         *channels += 1;
         Ok(())
     }
@@ -481,8 +490,7 @@ impl LaneQueue {
         if own && self.is_idle() {
             return self.execute(work).map_err(refused);
         }
-        self.submit(work)
-            .map_err(|why| refused((0, why)))
+        self.submit(work).map_err(|why| refused((0, why)))
     }
 
     /// Nothing is outstanding at the daemon that would have to go first.
@@ -507,9 +515,12 @@ impl LaneQueue {
         if let [request] = work {
             let mapped = self.reach(request).map_err(|why| (0, why))?;
             let status = match &mapped {
-                Some(mapped) => {
-                    fabric::execute(&mapped.region, request.op, &request.local, request.remote.offset)
-                }
+                Some(mapped) => fabric::execute(
+                    &mapped.region,
+                    request.op,
+                    &request.local,
+                    request.remote.offset,
+                ),
                 None => Status::Success,
             };
             self.mapped = mapped.or_else(|| self.mapped.take());
@@ -522,7 +533,12 @@ impl LaneQueue {
         }
         for (request, mapped) in work.iter().zip(&reached) {
             let status = mapped.as_ref().map_or(Status::Success, |mapped| {
-                fabric::execute(&mapped.region, request.op, &request.local, request.remote.offset)
+                fabric::execute(
+                    &mapped.region,
+                    request.op,
+                    &request.local,
+                    request.remote.offset,
+                )
             });
             self.done(request, status);
         }
@@ -596,7 +612,10 @@ impl LaneQueue {
                 len: request.local.len,
                 remote: request.remote,
             };
-            match lane.producer.write(&shared.submissions, submission.encode()) {
+            match lane
+                .producer
+                .write(&shared.submissions, submission.encode())
+            {
                 Ok(true) => {}
                 Ok(false) => {
                     lane.free.push(index);
@@ -654,7 +673,8 @@ impl LaneQueue {
                 continue;
             };
             let slot = lane.pending.get_mut(usize::from(cookie.index));
-            let Some(done) = slot.and_then(|slot| slot.take_if(|p| p.generation == cookie.generation))
+            let Some(done) =
+                slot.and_then(|slot| slot.take_if(|p| p.generation == cookie.generation))
             else {
                 continue;
             };
@@ -666,9 +686,7 @@ impl LaneQueue {
                 self.session.peers.forget(self.peer);
             }
             // What an earlier virtual queue posted in this lane completes for nobody.
-            if done.generation == lane.generation
-                && (done.signalled || status != Status::Success)
-            {
+            if done.generation == lane.generation && (done.signalled || status != Status::Success) {
                 self.ready.push_back(Completion {
                     id: done.id,
                     status,

@@ -96,8 +96,8 @@ pub(crate) fn send(
     packet: &impl Serialize,
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<()> {
-    let bytes = postcard::to_allocvec(packet)
-        .map_err(|_| Error::Protocol("a packet cannot be encoded"))?;
+    let bytes =
+        postcard::to_allocvec(packet).map_err(|_| Error::Protocol("a packet cannot be encoded"))?;
     let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };

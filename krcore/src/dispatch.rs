@@ -224,7 +224,12 @@ impl Queue {
 
     /// Posts all of `work`, in chunks of at most the depth; polls while there is no room. The caller
     /// has asked for [`room`](Self::room).
-    pub(crate) fn post(&self, ticket: Ticket, to: DcAddress, mut work: impl ExactSizeIterator<Item = Item>) {
+    pub(crate) fn post(
+        &self,
+        ticket: Ticket,
+        to: DcAddress,
+        mut work: impl ExactSizeIterator<Item = Item>,
+    ) {
         let mut shared = self.lock();
         while work.len() > 0 {
             let chunk = work.len().min(self.options.depth);
@@ -267,7 +272,12 @@ impl Queue {
 
     /// Posts a fence for a sharer, and waits until it and all before it have completed. Gives what
     /// is ready and was not polled.
-    pub(crate) fn fence(&self, ticket: Ticket, to: DcAddress, fence: WorkRequest) -> VecDeque<Completion> {
+    pub(crate) fn fence(
+        &self,
+        ticket: Ticket,
+        to: DcAddress,
+        fence: WorkRequest,
+    ) -> VecDeque<Completion> {
         let fence = Item {
             work: fence,
             header: None,
@@ -333,8 +343,7 @@ impl Queue {
             let cause = shared.cause.take();
             for item in again {
                 let follows = cause.is_none_or(|(ticket, to, status)| {
-                    item.ticket == ticket
-                        || status == Status::RetryExceeded && item.raw.to == to
+                    item.ticket == ticket || status == Status::RetryExceeded && item.raw.to == to
                 });
                 if follows {
                     shared.finish(&item, Status::Flushed);
@@ -347,7 +356,12 @@ impl Queue {
 }
 
 impl Shared {
-    fn post_chunk(&mut self, ticket: Ticket, to: DcAddress, chunk: impl ExactSizeIterator<Item = Item>) {
+    fn post_chunk(
+        &mut self,
+        ticket: Ticket,
+        to: DcAddress,
+        chunk: impl ExactSizeIterator<Item = Item>,
+    ) {
         let mut covers = 0;
         let first = self.outstanding.len();
         let last = chunk.len();

@@ -117,7 +117,9 @@ pub(crate) fn find(bytes: &[u8], node: NodeId) -> Found {
             });
         }
     }
-    further.checked_sub(1).map_or(Found::Nowhere, Found::Further)
+    further
+        .checked_sub(1)
+        .map_or(Found::Nowhere, Found::Further)
 }
 
 fn encode(entries: &[(NodeId, DcAddress)], further: Option<u32>, size: usize) -> Vec<u8> {

@@ -160,9 +160,7 @@ impl Regions {
 
     /// Takes every entry from the table: the node is leaving.
     pub(crate) fn clear(&mut self) {
-        let _inside = self
-            .table
-            .write(0, &vec![0; MAX_REGIONS * ENTRY as usize]);
+        let _inside = self.table.write(0, &vec![0; MAX_REGIONS * ENTRY as usize]);
         self.live.clear();
     }
 }

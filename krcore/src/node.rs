@@ -244,7 +244,8 @@ impl Node {
         within("the number of shared pairs", config.dynamic_pairs, 1024)?;
         within("the depth of a pair", config.depth, MAX_DEPTH)?;
         let owner = new_owner();
-        let own = |bytes, access, key| MemoryRegion::create(ByteSize::new(bytes), access, key, owner);
+        let own =
+            |bytes, access, key| MemoryRegion::create(ByteSize::new(bytes), access, key, owner);
         let regions = Regions::new(owner)?;
         let scratch = own(SCRATCH, Access::Local, RKey(0))?;
         let acks = own(MAX_LARGE as u64 * 8, Access::ReadWrite, ACKS_KEY)?;
@@ -692,4 +693,3 @@ impl Core {
         }
     }
 }
-

@@ -158,7 +158,11 @@ impl Signal {
     }
 
     /// Waits until `done` gives something.
-    pub(crate) fn wait<T>(&self, limit: Deadline, mut done: impl FnMut() -> Option<T>) -> Option<T> {
+    pub(crate) fn wait<T>(
+        &self,
+        limit: Deadline,
+        mut done: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
         /// A wake-up that was missed costs no more than this.
         const NAP: Duration = Duration::from_millis(5);
         if let Some(found) = spin(&mut done) {

@@ -49,14 +49,20 @@ impl Pool {
 
     /// Every pair there is.
     pub(crate) fn queues(&self) -> Vec<Arc<Queue>> {
-        let dedicated = self.dedicated.lock().unwrap_or_else(PoisonError::into_inner);
+        let dedicated = self
+            .dedicated
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let dedicated = dedicated.iter().map(|(_, queue)| Arc::clone(queue));
         self.dynamic.iter().cloned().chain(dedicated).collect()
     }
 
     /// The dedicated pair to a peer, which becomes the most recently used.
     pub(crate) fn dedicated(&self, peer: NodeId) -> Option<Arc<Queue>> {
-        let mut all = self.dedicated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self
+            .dedicated
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let at = all.iter().position(|(node, _)| *node == peer)?;
         let entry = all.remove(at)?;
         let queue = Arc::clone(&entry.1);
@@ -70,7 +76,10 @@ impl Pool {
 
     /// Puts a dedicated pair in the LRU; the least recently used leaves it.
     pub(crate) fn promote(&self, peer: NodeId, queue: Queue) {
-        let mut all = self.dedicated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self
+            .dedicated
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if self.most == 0 || all.iter().any(|(node, _)| *node == peer) {
             return;
         }
@@ -84,7 +93,10 @@ impl Pool {
 
     /// Takes the dedicated pair to a peer out, as when the peer is gone.
     pub(crate) fn demote(&self, peer: NodeId) {
-        let mut all = self.dedicated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self
+            .dedicated
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(at) = all.iter().position(|(node, _)| *node == peer)
             && let Some((_, old)) = all.remove(at)
         {

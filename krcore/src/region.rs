@@ -73,7 +73,10 @@ impl Sealed {
             return Err(Error::NotSealed);
         }
         let file = File::from(fd);
-        let length = file.metadata().map_err(io("ask for a memfd's length"))?.len();
+        let length = file
+            .metadata()
+            .map_err(io("ask for a memfd's length"))?
+            .len();
         if length == 0 || length > MAX_REGION {
             return Err(Error::NotSealed);
         }
@@ -153,7 +156,12 @@ pub struct MemoryRegion {
 }
 
 impl MemoryRegion {
-    pub(crate) fn create(len: ByteSize, access: Access, key: RKey, owner: u64) -> Result<Arc<Self>> {
+    pub(crate) fn create(
+        len: ByteSize,
+        access: Access,
+        key: RKey,
+        owner: u64,
+    ) -> Result<Arc<Self>> {
         let memory = Sealed::create(c"krcore", len.get())?;
         Ok(Self::over(memory, access, key, owner))
     }

@@ -106,10 +106,8 @@ impl Client {
 
     fn throw_out(&self) {
         self.broken.store(true, Ordering::Relaxed);
-        let _gone = nix::sys::socket::shutdown(
-            self.socket.as_raw_fd(),
-            nix::sys::socket::Shutdown::Both,
-        );
+        let _gone =
+            nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
     }
 }
 
@@ -368,7 +366,9 @@ impl Control {
             self.epoll.add(listener, event).map_err(&watch)?;
         }
         let event = EpollEvent::new(EpollFlags::EPOLLIN, STOP);
-        self.epoll.add(self.stop.event.as_fd(), event).map_err(watch)?;
+        self.epoll
+            .add(self.stop.event.as_fd(), event)
+            .map_err(watch)?;
         self.fill_stock();
         Ok(())
     }
@@ -560,7 +560,9 @@ impl Control {
                     )));
                 }
                 if trusted && !self.options.trusted {
-                    return Err(other("it takes no trusted clients: start it with --trusted"));
+                    return Err(other(
+                        "it takes no trusted clients: start it with --trusted",
+                    ));
                 }
                 session.greeted = true;
                 session.trusted = trusted;
@@ -590,12 +592,18 @@ impl Control {
                 }
                 let region = self.core.register(Sealed::adopt(fd, true)?, access)?;
                 let key = region.key();
-                let mut regions = client.regions.write().unwrap_or_else(PoisonError::into_inner);
+                let mut regions = client
+                    .regions
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner);
                 regions.insert(key, region);
                 Ok(Reply::Registered(key))
             }
             Request::Deregister { key } => {
-                let mut regions = client.regions.write().unwrap_or_else(PoisonError::into_inner);
+                let mut regions = client
+                    .regions
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner);
                 let region = regions.remove(&key).ok_or(Failure::NotRegistered)?;
                 drop(regions);
                 client.changes.fetch_add(1, Ordering::AcqRel);
@@ -1096,8 +1104,7 @@ impl Lane {
         self.generation = next.cookie.generation;
         self.peer = Some(next.peer);
         let address = core.cached_address(next.peer);
-        self.queue =
-            address.and_then(|address| PooledQueue::new(core, next.peer, address).ok());
+        self.queue = address.and_then(|address| PooledQueue::new(core, next.peer, address).ok());
         Ok(())
     }
 

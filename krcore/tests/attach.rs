@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
 mod common;
+#[path = "common/machine.rs"]
+mod machine;
 
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use carlsbad_kit::child::{self, Role};
@@ -14,67 +16,17 @@ use krcore::{
     Access, ByteSize, Completion, Config, Daemon, DaemonOptions, Error, Malformed, Mode, Node,
     NodeId, Op, RKey, RemoteSlice, Service, ShmFabric, Status, WorkRequest,
 };
+use machine::{machine, machine_with, start, until};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
-struct Machine {
-    _dir: tempfile::TempDir,
-    path: PathBuf,
-    fabric: ShmFabric,
-    daemon: Option<Daemon>,
-}
-
-fn start(path: &Path, fabric: &ShmFabric, config: Config) -> Daemon {
-    let node = Node::embedded(fabric.clone(), NodeId(1), config).unwrap();
-    let options = DaemonOptions {
-        trusted: true,
-        executors: 1,
-        ..DaemonOptions::default()
-    };
-    Daemon::start(path, node, options).unwrap()
-}
-
-fn machine_with(config: Config) -> Machine {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("krcored.sock");
-    let fabric = ShmFabric::new();
-    let daemon = Some(start(&path, &fabric, config));
-    Machine {
-        _dir: dir,
-        path,
-        fabric,
-        daemon,
-    }
-}
-
-fn machine() -> Machine {
-    machine_with(config())
-}
-
-impl Machine {
-    fn attach(&self) -> Node {
-        Node::attach(&self.path, SECOND).unwrap()
-    }
-
-    fn daemon(&self) -> &Daemon {
-        self.daemon.as_ref().unwrap()
-    }
-}
-
-fn until(what: &str, limit: Duration, mut done: impl FnMut() -> bool) -> Duration {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < limit, "{what} took longer than {limit:?}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    start.elapsed()
-}
 
 #[test]
 fn every_operation_works_in_both_modes() {
     let machine = machine();
     for mode in [Mode::Isolated, Mode::Trusted] {
         let server = machine.attach();
-        let far = server.register(ByteSize::kib(64), Access::ReadWrite).unwrap();
+        let far = server
+            .register(ByteSize::kib(64), Access::ReadWrite)
+            .unwrap();
         let client = Node::attach_as(&machine.path, mode, SECOND).unwrap();
         let near = client.register(ByteSize::kib(64), Access::Local).unwrap();
         let mut queue = client.connect(NodeId(1), SECOND).unwrap();
@@ -82,7 +34,11 @@ fn every_operation_works_in_both_modes() {
             let work = WorkRequest::new(9, op, near.slice(at, len), far.remote(at));
             assert_eq!(queue.post(&[work]).unwrap(), 1);
             let done = queue.wait(SECOND).unwrap();
-            assert_eq!((done.id, done.status), (9, Status::Success), "{mode:?} {op:?}");
+            assert_eq!(
+                (done.id, done.status),
+                (9, Status::Success),
+                "{mode:?} {op:?}"
+            );
         };
         assert!(near.write(0, b"over the ring"));
         run(Op::Write, 0, 13);
@@ -112,7 +68,9 @@ fn every_operation_works_in_both_modes() {
 fn what_is_wrong_is_refused_and_harms_nobody() {
     let machine = machine();
     let server = machine.attach();
-    let far = server.register(ByteSize::kib(4), Access::ReadWrite).unwrap();
+    let far = server
+        .register(ByteSize::kib(4), Access::ReadWrite)
+        .unwrap();
     let closed = server.register(ByteSize::kib(4), Access::Read).unwrap();
     for mode in [Mode::Isolated, Mode::Trusted] {
         let client = Node::attach_as(&machine.path, mode, SECOND).unwrap();
@@ -129,14 +87,38 @@ fn what_is_wrong_is_refused_and_harms_nobody() {
         let read = |near, remote| WorkRequest::new(1, Op::Read, near, remote);
         let cases = [
             (read(near.slice(0, 0), far.remote(0)), Malformed::ZeroLength),
-            (read(near.slice(0, 1 << 32), far.remote(0)), Malformed::TooLong),
-            (read(near.slice(8190, 8), far.remote(0)), Malformed::LocalRange),
-            (read(near.slice(u64::MAX, 8), far.remote(0)), Malformed::LocalRange),
-            (read(near.slice(0, 8), far.remote(u64::MAX)), Malformed::RemoteRange),
-            (read(near.slice(0, 8), far.remote(4090)), Malformed::RemoteRange),
-            (read(near.slice(0, 8), remote(RKey(4000), 0)), Malformed::StaleKey),
-            (read(near.slice(0, 8), remote(RKey(0), 0)), Malformed::StaleKey),
-            (read(near.slice(0, 8), remote(RKey(1), 0)), Malformed::StaleKey),
+            (
+                read(near.slice(0, 1 << 32), far.remote(0)),
+                Malformed::TooLong,
+            ),
+            (
+                read(near.slice(8190, 8), far.remote(0)),
+                Malformed::LocalRange,
+            ),
+            (
+                read(near.slice(u64::MAX, 8), far.remote(0)),
+                Malformed::LocalRange,
+            ),
+            (
+                read(near.slice(0, 8), far.remote(u64::MAX)),
+                Malformed::RemoteRange,
+            ),
+            (
+                read(near.slice(0, 8), far.remote(4090)),
+                Malformed::RemoteRange,
+            ),
+            (
+                read(near.slice(0, 8), remote(RKey(4000), 0)),
+                Malformed::StaleKey,
+            ),
+            (
+                read(near.slice(0, 8), remote(RKey(0), 0)),
+                Malformed::StaleKey,
+            ),
+            (
+                read(near.slice(0, 8), remote(RKey(1), 0)),
+                Malformed::StaleKey,
+            ),
             (
                 WorkRequest::new(1, Op::Write, near.slice(0, 8), closed.remote(0)),
                 Malformed::Denied,
@@ -145,7 +127,10 @@ fn what_is_wrong_is_refused_and_harms_nobody() {
                 WorkRequest::new(1, Op::FetchAdd { add: 1 }, near.slice(0, 8), far.remote(4)),
                 Malformed::Unaligned,
             ),
-            (read(far.slice(0, 8), far.remote(0)), Malformed::ForeignRegion),
+            (
+                read(far.slice(0, 8), far.remote(0)),
+                Malformed::ForeignRegion,
+            ),
             (
                 WorkRequest::send(1, Service(9), near.slice(0, 8)),
                 Malformed::ReceiverNotReady,
@@ -156,7 +141,9 @@ fn what_is_wrong_is_refused_and_harms_nobody() {
             assert_eq!(why(work), expected, "{mode:?}: {what}");
         }
         // And the queue goes on.
-        queue.post(&[read(near.slice(0, 8), far.remote(0))]).unwrap();
+        queue
+            .post(&[read(near.slice(0, 8), far.remote(0))])
+            .unwrap();
         assert_eq!(queue.wait(SECOND).unwrap().status, Status::Success);
     }
     assert_eq!(machine.daemon().stats().rebuilt, 0);
@@ -180,19 +167,25 @@ fn a_key_is_stale_after_deregistration_in_both_modes() {
         assert_eq!(queue.wait(SECOND).unwrap().status, Status::Success);
         server.deregister(&far).unwrap();
         assert!(matches!(server.deregister(&far), Err(Error::NotRegistered)));
-        until("the lease", SECOND, || match queue.post(std::slice::from_ref(&read)) {
-            Err(refused) => refused.why == Malformed::StaleKey,
-            Ok(_) => {
-                let status = queue.wait(SECOND).unwrap().status;
-                assert!(matches!(
-                    status,
-                    Status::Success | Status::Refused(Malformed::StaleKey)
-                ));
-                status != Status::Success
+        until("the lease", SECOND, || {
+            match queue.post(std::slice::from_ref(&read)) {
+                Err(refused) => refused.why == Malformed::StaleKey,
+                Ok(_) => {
+                    let status = queue.wait(SECOND).unwrap().status;
+                    assert!(matches!(
+                        status,
+                        Status::Success | Status::Refused(Malformed::StaleKey)
+                    ));
+                    status != Status::Success
+                }
             }
         });
     }
-    assert_eq!(machine.daemon().stats().rebuilt, 0, "no pair was broken by it");
+    assert_eq!(
+        machine.daemon().stats().rebuilt,
+        0,
+        "no pair was broken by it"
+    );
 }
 
 #[test]
@@ -206,16 +199,23 @@ fn messages_small_and_large_go_between_processes_and_back() {
     let into = b.register(ByteSize::mib(1), Access::Local).unwrap();
     let mut queue = a.connect(b.id(), SECOND).unwrap();
     assert!(from.write(0, b"small"));
-    queue.post(&[WorkRequest::send(1, Service(7), from.slice(0, 5))]).unwrap();
+    queue
+        .post(&[WorkRequest::send(1, Service(7), from.slice(0, 5))])
+        .unwrap();
     let message = listener.receive(SECOND).unwrap();
     assert_eq!(message.bytes(), Some(&b"small"[..]));
     assert_eq!(queue.wait(SECOND).unwrap().id, 1);
 
     assert!(from.write(0, &[3; 500_000]));
-    queue.post(&[WorkRequest::send(2, Service(7), from.slice(0, 500_000))]).unwrap();
+    queue
+        .post(&[WorkRequest::send(2, Service(7), from.slice(0, 500_000))])
+        .unwrap();
     let message = listener.receive(SECOND).unwrap();
     assert_eq!((message.len(), message.bytes()), (500_000, None));
-    assert!(queue.wait(Duration::from_millis(20)).is_err(), "nobody has fetched it");
+    assert!(
+        queue.wait(Duration::from_millis(20)).is_err(),
+        "nobody has fetched it"
+    );
     message.fetch(&b, &into.slice(0, 1 << 20), SECOND).unwrap();
     let mut bytes = vec![0; 500_000];
     assert!(into.read(0, &mut bytes));
@@ -224,7 +224,8 @@ fn messages_small_and_large_go_between_processes_and_back() {
     assert_eq!((done.id, done.status), (2, Status::Success));
 
     let mut back = b.connect_back(&message).unwrap();
-    back.post(&[WorkRequest::send(3, Service(8), into.slice(0, 4))]).unwrap();
+    back.post(&[WorkRequest::send(3, Service(8), into.slice(0, 4))])
+        .unwrap();
     assert_eq!(replies.receive(SECOND).unwrap().bytes(), Some(&[3; 4][..]));
 }
 
@@ -237,7 +238,9 @@ fn a_listener_that_does_not_receive_makes_its_senders_wait_and_nobody_else() {
     let memory = node.register(ByteSize::kib(4), Access::Local).unwrap();
     let mut queue = node.connect(node.id(), SECOND).unwrap();
     let mut send = |service| {
-        queue.post(&[WorkRequest::send(0, service, memory.slice(0, 8))]).unwrap();
+        queue
+            .post(&[WorkRequest::send(0, service, memory.slice(0, 8))])
+            .unwrap();
         queue.wait(SECOND).unwrap().status
     };
     let mut sent = 0;
@@ -245,7 +248,10 @@ fn a_listener_that_does_not_receive_makes_its_senders_wait_and_nobody_else() {
         sent += 1;
         assert!(sent < 10_000, "there is no end to its buffers");
     }
-    assert_eq!(send(Service(1)), Status::Refused(Malformed::ReceiverNotReady));
+    assert_eq!(
+        send(Service(1)),
+        Status::Refused(Malformed::ReceiverNotReady)
+    );
     assert_eq!(send(Service(2)), Status::Success);
     quick.receive(SECOND).unwrap();
     for _ in 0..sent {
@@ -316,7 +322,10 @@ fn a_lane_that_is_used_again_gives_nothing_of_its_former_life() {
     for round in 0..rounds(20_000, 500_000) as u64 {
         let mut queue = node.connect(node.id(), SECOND).unwrap();
         let read = WorkRequest::new(round, Op::Read, memory.slice(0, 8), memory.remote(8));
-        assert_eq!(queue.post(&vec![read; 1 + round as usize % 9]).unwrap(), 1 + round as usize % 9);
+        assert_eq!(
+            queue.post(&vec![read; 1 + round as usize % 9]).unwrap(),
+            1 + round as usize % 9
+        );
         if round % 3 == 0 {
             let done = queue.wait(SECOND).unwrap();
             assert_eq!((done.id, done.status), (round, Status::Success));
@@ -328,12 +337,21 @@ fn a_lane_that_is_used_again_gives_nothing_of_its_former_life() {
 fn unknown_nodes_and_absent_daemons_are_typed_errors() {
     let machine = machine();
     let node = machine.attach();
-    assert!(matches!(node.connect(NodeId(99), SECOND), Err(Error::UnknownNode(NodeId(99)))));
+    assert!(matches!(
+        node.connect(NodeId(99), SECOND),
+        Err(Error::UnknownNode(NodeId(99)))
+    ));
     let nowhere = machine.path.with_file_name("nowhere");
-    assert!(matches!(Node::attach(&nowhere, SECOND), Err(Error::NoDaemon { .. })));
+    assert!(matches!(
+        Node::attach(&nowhere, SECOND),
+        Err(Error::NoDaemon { .. })
+    ));
     let second = Node::embedded(machine.fabric.clone(), NodeId(5), config()).unwrap();
     let taken = Daemon::start(&machine.path, second, DaemonOptions::default());
-    assert!(matches!(taken, Err(Error::Io { .. })), "somebody listens there");
+    assert!(
+        matches!(taken, Err(Error::Io { .. })),
+        "somebody listens there"
+    );
     let plain = machine.path.with_file_name("plain");
     let untrusting = Node::embedded(machine.fabric.clone(), NodeId(5), config()).unwrap();
     let _daemon = Daemon::start(&plain, untrusting, DaemonOptions::default()).unwrap();
@@ -359,82 +377,15 @@ fn a_peer_that_dies_and_comes_back_is_reached_again() {
         status,
         Status::RetryExceeded | Status::Refused(Malformed::PeerGone)
     ));
-    assert!(matches!(node.connect(NodeId(5), SECOND), Err(Error::UnknownNode(_))));
+    assert!(matches!(
+        node.connect(NodeId(5), SECOND),
+        Err(Error::UnknownNode(_))
+    ));
     let far_node = Node::embedded(machine.fabric.clone(), NodeId(5), config()).unwrap();
     let far = far_node.register(ByteSize::kib(4), Access::Read).unwrap();
     let mut queue = node.connect(NodeId(5), SECOND).unwrap();
     queue.post(&[read(far.remote(0))]).unwrap();
     assert_eq!(queue.wait(SECOND).unwrap().status, Status::Success);
-}
-
-#[test]
-#[ignore = "a role of the tests of killing"]
-fn role_client() {
-    let Some(path) = child::arguments::<PathBuf>("role_client") else {
-        return;
-    };
-    let node = Node::attach(&path, SECOND).unwrap();
-    let listener = node.listen(Service(std::process::id() as u16 | 1 << 15));
-    let memory = node.register(ByteSize::kib(64), Access::Local).unwrap();
-    let shared = node.register(ByteSize::kib(64), Access::ReadWrite).unwrap();
-    child::tell("ready");
-    for round in 0.. {
-        let mut queues: Vec<_> = (0..4)
-            .map(|_| node.connect(node.id(), SECOND).unwrap())
-            .collect();
-        for queue in &mut queues {
-            let write = WorkRequest::new(round, Op::Write, memory.slice(0, 64), shared.remote(0));
-            queue.post(&vec![write; 30]).unwrap();
-        }
-        if round % 2 == 0 {
-            for queue in &mut queues {
-                queue.wait(SECOND).unwrap();
-            }
-        }
-    }
-    drop(listener);
-}
-
-#[test]
-fn killed_clients_leave_nothing_behind_and_disturb_nobody() {
-    let short = Config {
-        lease: Duration::from_millis(100),
-        ..config()
-    };
-    let machine = machine_with(short);
-    let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
-    let witness = machine.attach();
-    let memory = witness.register(ByteSize::kib(4), Access::ReadWrite).unwrap();
-    let mut queue = witness.connect(witness.id(), SECOND).unwrap();
-    let add = Op::FetchAdd { add: 1 };
-    let add = WorkRequest::new(0, add, memory.slice(8, 8), memory.remote(0));
-    let mut rng = carlsbad_kit::seed::rng("killed_clients");
-    let before = (machine.daemon().stats(), count());
-    let (mut killed, mut added, mut slowest) = (0, 0, Duration::ZERO);
-    for _ in 0..rounds(20, 200) {
-        let mut client = Role::test("role_client").start(&machine.path).unwrap();
-        client.hear("ready").unwrap();
-        let end = Instant::now() + Duration::from_micros(rng.u64(0..20_000));
-        while Instant::now() < end {
-            queue.post(std::slice::from_ref(&add)).unwrap();
-            assert_eq!(queue.wait(SECOND).unwrap().status, Status::Success);
-            added += 1;
-        }
-        killed += usize::from(client.kill());
-        drop(client);
-        let took = until("reclamation", Duration::from_millis(500), || {
-            let now = machine.daemon().stats();
-            now.clients == before.0.clients
-                && now.regions == before.0.regions
-                && now.virtual_queues == before.0.virtual_queues
-                && count() <= before.1
-        });
-        slowest = slowest.max(took);
-    }
-    assert_eq!(killed, rounds(20, 200), "the roles did not run until they were killed");
-    assert_eq!(word(&memory, 0), added);
-    assert_eq!(machine.daemon().stats().rebuilt, 0);
-    println!("{killed} killed, reclaimed in at most {slowest:?}");
 }
 
 #[test]
@@ -491,7 +442,10 @@ fn a_killed_daemon_is_noticed_by_whoever_waits_and_its_successor_is_found() {
                 Err(refused) => refused.why == Malformed::Disconnected,
             }
         });
-        assert!(matches!(node.connect(node.id(), SECOND), Err(Error::Disconnected)));
+        assert!(matches!(
+            node.connect(node.id(), SECOND),
+            Err(Error::Disconnected)
+        ));
         let again = node.register(ByteSize::kib(4), Access::Local);
         assert!(matches!(again, Err(Error::Disconnected)));
     }

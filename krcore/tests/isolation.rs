@@ -16,7 +16,12 @@ fn hostile(n: usize, p: &Pair, id: u64) -> WorkRequest {
         1 => WorkRequest::new(id, Op::Read, near.slice(0, 8), remote(far, 4096)),
         2 => WorkRequest::new(id, Op::Write, near.slice(0, 8), remote(far, u64::MAX - 3)),
         3 => WorkRequest::new(id, Op::Read, near.slice(4090, 8), remote(far, 0)),
-        4 => WorkRequest::new(id, Op::FetchAdd { add: 1 }, near.slice(0, 8), remote(far, 4)),
+        4 => WorkRequest::new(
+            id,
+            Op::FetchAdd { add: 1 },
+            near.slice(0, 8),
+            remote(far, 4),
+        ),
         5 => WorkRequest::new(id, Op::Write, near.slice(0, 0), remote(far, 0)),
         6 => WorkRequest::new(id, Op::Read, near.slice(0, 1 << 32), remote(far, 0)),
         _ => WorkRequest::new(id, Op::Read, near.slice(u64::MAX, 2), remote(far, 0)),
@@ -71,7 +76,10 @@ fn a_hostile_queue_harms_no_other_on_its_pair() {
 #[test]
 fn nor_where_the_adapter_lags_behind() {
     let lagging = ShmFabric::lagging(20);
-    load(&pair_on(lagging, common::config()), rounds(100_000, 1_000_000));
+    load(
+        &pair_on(lagging, common::config()),
+        rounds(100_000, 1_000_000),
+    );
 }
 
 /// The control: without the checks, any of the same requests ends the pair for all who share it.

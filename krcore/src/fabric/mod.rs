@@ -153,7 +153,10 @@ impl Status {
     pub(crate) fn to_code(self) -> u32 {
         match self {
             Self::Refused(why) => Self::REFUSED | why as u32,
-            plain => Self::PLAIN.iter().position(|one| *one == plain).unwrap_or(0) as u32,
+            plain => Self::PLAIN
+                .iter()
+                .position(|one| *one == plain)
+                .unwrap_or(0) as u32,
         }
     }
 

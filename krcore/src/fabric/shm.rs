@@ -53,13 +53,20 @@ impl Port for ShmPort {
 
     fn leave(&self) {
         self.alive.store(false, Ordering::Release);
-        let mut nodes = self.fabric.nodes.write().unwrap_or_else(PoisonError::into_inner);
+        let mut nodes = self
+            .fabric
+            .nodes
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         nodes.by_number.remove(&self.address.number);
         if nodes.by_id.get(&self.node) == Some(&self.address.number) {
             nodes.by_id.remove(&self.node);
         }
         drop(nodes);
-        self.regions.write().unwrap_or_else(PoisonError::into_inner).clear();
+        self.regions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
     }
 }
 
@@ -214,7 +221,10 @@ impl Fabric for ShmFabric {
     fn ask(&self, node: NodeId, _limit: Duration) -> Result<DcAddress> {
         let nodes = self.0.nodes.read().unwrap_or_else(PoisonError::into_inner);
         let number = nodes.by_id.get(&node).ok_or(Error::UnknownNode(node))?;
-        let port = nodes.by_number.get(number).ok_or(Error::UnknownNode(node))?;
+        let port = nodes
+            .by_number
+            .get(number)
+            .ok_or(Error::UnknownNode(node))?;
         Ok(port.address)
     }
 

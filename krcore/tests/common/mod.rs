@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use krcore::{Access, ByteSize, Config, MemoryRegion, Node, NodeId, ShmFabric};
 
-pub const SECOND: Duration = Duration::from_secs(1);
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
 /// Long runs with `CARLSBAD_SOAK=1`.
-pub fn rounds(usual: usize, soak: usize) -> usize {
+pub(crate) fn rounds(usual: usize, soak: usize) -> usize {
     if std::env::var_os("CARLSBAD_SOAK").is_some() {
         soak
     } else {
@@ -22,15 +22,15 @@ pub fn rounds(usual: usize, soak: usize) -> usize {
 }
 
 /// Two embedded nodes that share one queue pair each.
-pub struct Pair {
-    pub fabric: ShmFabric,
-    pub server: Node,
-    pub client: Node,
-    pub far: Arc<MemoryRegion>,
-    pub near: Arc<MemoryRegion>,
+pub(crate) struct Pair {
+    pub(crate) fabric: ShmFabric,
+    pub(crate) server: Node,
+    pub(crate) client: Node,
+    pub(crate) far: Arc<MemoryRegion>,
+    pub(crate) near: Arc<MemoryRegion>,
 }
 
-pub fn config() -> Config {
+pub(crate) fn config() -> Config {
     Config {
         dynamic_pairs: 1,
         promote_after: 0,
@@ -38,7 +38,7 @@ pub fn config() -> Config {
     }
 }
 
-pub fn pair_on(fabric: ShmFabric, config: Config) -> Pair {
+pub(crate) fn pair_on(fabric: ShmFabric, config: Config) -> Pair {
     let server = Node::embedded(fabric.clone(), NodeId(1), config.clone()).unwrap();
     let client = Node::embedded(fabric.clone(), NodeId(2), config).unwrap();
     let far = server
@@ -54,12 +54,12 @@ pub fn pair_on(fabric: ShmFabric, config: Config) -> Pair {
     }
 }
 
-pub fn pair() -> Pair {
+pub(crate) fn pair() -> Pair {
     pair_on(ShmFabric::new(), config())
 }
 
 /// The 8 bytes at `offset`.
-pub fn word(region: &MemoryRegion, offset: u64) -> u64 {
+pub(crate) fn word(region: &MemoryRegion, offset: u64) -> u64 {
     let mut bytes = [0; 8];
     assert!(region.read(offset, &mut bytes));
     u64::from_le_bytes(bytes)
