@@ -404,13 +404,25 @@ impl Session {
     }
 
     pub(crate) fn listen(self: &Arc<Self>, service: Service) -> Result<RingListener> {
-        let (_, descriptors) = self.ask(&Request::Listen { service }, &[])?;
-        Ok(RingListener {
-            session: Arc::clone(self),
-            service,
-            ring: MessageRing::over(Sealed::adopt(one(descriptors)?, true)?)?,
-            consumer: Mutex::default(),
-        })
+        let ring = self
+            .ask(&Request::Listen { service }, &[])
+            .and_then(|(_, descriptors)| one(descriptors))
+            .and_then(|fd| MessageRing::over(Sealed::adopt(fd, true)?));
+        match ring {
+            Ok(ring) => Ok(RingListener {
+                session: Arc::clone(self),
+                service,
+                ring,
+                consumer: Mutex::default(),
+            }),
+            Err(why) => {
+                // The daemon may listen already, and the ring was lost on the way.
+                if !matches!(why, Error::ServiceTaken(_)) {
+                    let _gone = self.ask(&Request::Unlisten { service }, &[]);
+                }
+                Err(why)
+            }
+        }
     }
 
     fn map(&self, peer: NodeId, key: RKey) -> Result<Mapped, Malformed> {

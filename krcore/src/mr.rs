@@ -199,4 +199,19 @@ mod tests {
             Some(&(first.key().0 + MAX_REGIONS as u32))
         );
     }
+
+    /// Leases are counted by the monotonic clock, which the setting of the time does not move. A
+    /// suspended machine makes it stand still; whatever it says, nothing goes before its time.
+    #[test]
+    fn a_clock_that_jumps_ends_no_lease_early_and_each_once() {
+        let mut regions = Regions::new(1).unwrap();
+        let memory = Sealed::create(c"test", 4096).unwrap();
+        let region = regions.add(memory, Access::Read).unwrap();
+        regions.remove(&region, Duration::from_secs(100)).unwrap();
+        for now in [99, 0, 50] {
+            assert!(regions.expired(Duration::from_secs(now)).is_empty());
+        }
+        assert_eq!(regions.expired(Duration::MAX), [region.key()]);
+        assert!(regions.expired(Duration::MAX).is_empty());
+    }
 }

@@ -1139,3 +1139,6 @@ impl Lane {
 
 const _: () = assert!(DEPTH <= crate::dispatch::COMPLETIONS);
 const _: () = assert!(DEPTH <= u8::MAX as usize + 1);
+
+#[cfg(test)]
+mod tests;

@@ -468,3 +468,94 @@ fn a_daemon_drains() {
     drop((queue, node));
     assert!(machine.daemon().drain(SECOND));
 }
+
+#[test]
+#[ignore = "a role of the test of exhaustion"]
+fn role_poor_daemon() {
+    let Some(path) = child::arguments::<PathBuf>("role_poor_daemon") else {
+        return;
+    };
+    let limit = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    nix::sys::resource::setrlimit(limit, 64, 64).unwrap();
+    let _daemon = start(&path, &ShmFabric::new(), config());
+    child::tell("ready");
+    child::wait_for_parent();
+}
+
+#[test]
+fn a_daemon_without_descriptors_left_refuses_or_lets_wait_and_recovers() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("krcored.sock");
+    let daemon = Role::test("role_poor_daemon").start(&path).unwrap();
+    daemon.hear("ready").unwrap();
+    let limit = Duration::from_millis(300);
+    let mut clients = Vec::new();
+    let why = loop {
+        match Node::attach(&path, limit) {
+            Ok(node) => clients.push(node),
+            Err(why) => break why,
+        }
+        assert!(clients.len() < 64, "it never ran out");
+    };
+    assert!(
+        matches!(
+            why,
+            Error::TimedOut { .. } | Error::Refused(_) | Error::Disconnected
+        ),
+        "{why}"
+    );
+    // Those who have got in go on.
+    let first = &clients[0];
+    let mut queue = first.connect(first.id(), SECOND).unwrap();
+    let memory = first.register(ByteSize::kib(4), Access::Local);
+    match memory {
+        Ok(memory) => {
+            let fence = WorkRequest::new(1, Op::Fence, memory.slice(0, 0), memory.remote(0));
+            queue.post(&[fence]).unwrap();
+            assert_eq!(queue.wait(SECOND).unwrap().status, Status::Success);
+        }
+        Err(why) => assert!(matches!(why, Error::Refused(_)), "{why}"),
+    }
+    drop(queue);
+    clients.clear();
+    until("recovery", 5 * SECOND, || {
+        Node::attach(&path, limit).is_ok()
+    });
+}
+
+#[test]
+#[ignore = "a role of the test of exhaustion"]
+fn role_poor_client() {
+    let Some(path) = child::arguments::<PathBuf>("role_poor_client") else {
+        return;
+    };
+    let node = Node::attach(&path, SECOND).unwrap();
+    let limit = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    nix::sys::resource::setrlimit(limit, 64, 64).unwrap();
+    let mut held = Vec::new();
+    while let Ok(file) = std::fs::File::open("/dev/null") {
+        held.push(file);
+    }
+    let register = node.register(ByteSize::kib(4), Access::Local);
+    assert!(matches!(register, Err(Error::Io { .. })), "{register:?}");
+    // The answer's descriptor does not fit, and that is said.
+    let listen = node.listen(Service(1));
+    assert!(matches!(listen, Err(Error::Protocol(_))), "{listen:?}");
+    // A connection needs no descriptor; its event does, and without one is always readable.
+    let mut queue = node.connect(node.id(), SECOND).unwrap();
+    let mut fds = [PollFd::new(queue.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, PollTimeout::ZERO).unwrap(), 1);
+    held.clear();
+    let memory = node.register(ByteSize::kib(4), Access::ReadWrite).unwrap();
+    let read = WorkRequest::new(1, Op::Read, memory.slice(0, 8), memory.remote(8));
+    queue.post(&[read]).unwrap();
+    assert_eq!(queue.wait(SECOND).unwrap().status, Status::Success);
+    child::tell("well");
+}
+
+#[test]
+fn a_client_without_descriptors_left_gets_typed_errors_and_loses_nothing() {
+    let machine = machine();
+    let client = Role::test("role_poor_client").start(&machine.path).unwrap();
+    client.hear("well").unwrap();
+}
