@@ -245,6 +245,8 @@ impl Session {
             source,
         })?;
         let channel = Channel::over(Sealed::adopt(channel, true)?)?;
+        let peers = Peers::default();
+        peers.learn(node, address);
         Ok(Arc::new(Self {
             control: Mutex::new(socket),
             watch: Socket(watch),
@@ -260,7 +262,7 @@ impl Session {
                     .collect(),
             ),
             channels: Mutex::new(1),
-            peers: Peers::default(),
+            peers,
             regions: Mutex::default(),
             mapped: RwLock::default(),
             scratch: OnceLock::new(),

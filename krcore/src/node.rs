@@ -289,6 +289,8 @@ impl Node {
             core: Arc::new(core),
             thread: None,
         };
+        // The processes of this node reach each other without a look-up.
+        node.core.peers.learn(id, node.core.port.address());
         for server in &node.core.meta {
             server.insert(id, node.core.port.address())?;
         }
