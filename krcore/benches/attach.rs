@@ -36,11 +36,12 @@ fn raw(path: &Path) -> memmap2::MmapMut {
         MsgFlags::empty(),
     )
     .unwrap();
-    let Some(ControlMessageOwned::ScmRights(fds)) = message.cmsgs().unwrap().next() else {
-        panic!("no descriptor");
+    let descriptor = match message.cmsgs().unwrap().next() {
+        Some(ControlMessageOwned::ScmRights(fds)) => fds.first().copied(),
+        _ => None,
     };
     // SAFETY: the kernel has just made it for this process.
-    let fd = unsafe { OwnedFd::from_raw_fd(fds[0]) };
+    let fd = unsafe { OwnedFd::from_raw_fd(descriptor.unwrap()) };
     // SAFETY: nobody else maps it.
     unsafe { memmap2::MmapMut::map_mut(&fd).unwrap() }
 }

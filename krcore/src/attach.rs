@@ -137,7 +137,8 @@ struct Lane {
     generation: u32,
     producer: Producer,
     consumer: Consumer,
-    pending: [Option<Pending>; DEPTH],
+    pending: Vec<Option<Pending>>,
+    /// Places of `pending` that are free.
     free: Vec<u8>,
     event: OnceLock<LaneEvent>,
 }
@@ -169,10 +170,51 @@ impl Lane {
             generation: 0,
             producer: Producer::default(),
             consumer: Consumer::default(),
-            pending: [const { None }; DEPTH],
-            free: (0..DEPTH as u8).rev().collect(),
+            pending: Vec::new(),
+            free: Vec::new(),
             event: OnceLock::new(),
         })
+    }
+}
+
+impl Lane {
+    /// A place for one more, where there is one.
+    fn place(&mut self) -> Option<u8> {
+        if let Some(free) = self.free.pop() {
+            return Some(free);
+        }
+        let next = self.pending.len();
+        if next == DEPTH {
+            return None;
+        }
+        self.pending.push(None);
+        Some(next as u8)
+    }
+}
+
+/// The lanes that no virtual queue has: those that were used before, and the rest of a channel.
+#[derive(Debug)]
+struct Lanes {
+    #[allow(
+        clippy::vec_box,
+        reason = "a lane goes from here to a queue and back as a pointer"
+    )]
+    used: Vec<Box<Lane>>,
+    channel: Channel,
+    number: u32,
+    next: usize,
+}
+
+impl Lanes {
+    fn take(&mut self) -> Option<Box<Lane>> {
+        if let Some(lane) = self.used.pop() {
+            return Some(lane);
+        }
+        if self.next == LANES {
+            return None;
+        }
+        self.next += 1;
+        Some(Lane::new(&self.channel, self.number, self.next - 1))
     }
 }
 
@@ -206,8 +248,7 @@ pub(crate) struct Session {
     owner: u64,
     /// Wakes the daemon.
     bell: Event,
-    lanes: Mutex<Vec<Box<Lane>>>,
-    channels: Mutex<u32>,
+    lanes: Mutex<Lanes>,
     peers: Peers,
     regions: Mutex<Vec<Arc<MemoryRegion>>>,
     mapped: RwLock<HashMap<(NodeId, RKey), Mapped>>,
@@ -255,13 +296,12 @@ impl Session {
             mode,
             owner: new_owner(),
             bell: Event::adopt(bell),
-            lanes: Mutex::new(
-                (0..LANES)
-                    .rev()
-                    .map(|at| Lane::new(&channel, 0, at))
-                    .collect(),
-            ),
-            channels: Mutex::new(1),
+            lanes: Mutex::new(Lanes {
+                used: Vec::new(),
+                channel,
+                number: 0,
+                next: 0,
+            }),
             peers,
             regions: Mutex::default(),
             mapped: RwLock::default(),
@@ -365,17 +405,18 @@ impl Session {
         if self.dead.load(Ordering::Relaxed) {
             return Err(Error::Disconnected);
         }
-        let free = || {
-            let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-            lanes.pop()
-        };
-        let mut lane = match free() {
+        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lane = match lanes.take() {
             Some(lane) => lane,
             None => {
-                self.grow()?;
-                free().ok_or(Error::TooManyQueues(0))?
+                let (_, descriptors) = self.ask(&Request::Channel, &[])?;
+                lanes.channel = Channel::over(Sealed::adopt(one(descriptors)?, true)?)?;
+                lanes.number += 1;
+                lanes.next = 0;
+                lanes.take().ok_or(Error::TooManyQueues(LANES))?
             }
         };
+        drop(lanes);
         lane.generation = (lane.generation + 1) % GENERATIONS;
         Ok(LaneQueue {
             session: Arc::clone(self),
@@ -385,24 +426,6 @@ impl Session {
             mapped: None,
             since: 0,
         })
-    }
-
-    /// Another channel.
-    fn grow(&self) -> Result<()> {
-        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        if !lanes.is_empty() {
-            return Ok(());
-        }
-        let (_, descriptors) = self.ask(&Request::Channel, &[])?;
-        let channel = Channel::over(Sealed::adopt(one(descriptors)?, true)?)?;
-        lanes.extend(
-            (0..LANES)
-                .rev()
-                .map(|at| Lane::new(&channel, *channels, at)),
-        );
-        *channels += 1;
-        Ok(())
     }
 
     pub(crate) fn listen(self: &Arc<Self>, service: Service) -> Result<RingListener> {
@@ -512,7 +535,7 @@ impl LaneQueue {
         self.collect();
         self.lane
             .as_ref()
-            .is_some_and(|lane| lane.free.len() == DEPTH)
+            .is_some_and(|lane| lane.free.len() == lane.pending.len())
     }
 
     /// Trusted mode: checks all, and executes it here.
@@ -598,20 +621,21 @@ impl LaneQueue {
         let Some(lane) = &mut self.lane else {
             return Err(Malformed::Disconnected);
         };
-        if lane.free.len() < work.len() || self.ready.len() > COMPLETIONS {
+        if lane.free.len() + DEPTH - lane.pending.len() < work.len() {
             self.collect();
         }
         let Some(lane) = &mut self.lane else {
             return Err(Malformed::Disconnected);
         };
-        let channel = lane.channel.clone();
-        let Some(shared) = channel.lane(lane.at.1 as usize) else {
+        let lane = &mut **lane;
+        let memory = lane.channel.clone();
+        let Some(shared) = memory.lane(lane.at.1 as usize) else {
             return Err(Malformed::Disconnected);
         };
         let mut taken = 0;
         let room = COMPLETIONS.saturating_sub(self.ready.len());
         for request in work.iter().take(room) {
-            let Some(index) = lane.free.pop() else {
+            let Some(index) = lane.place() else {
                 break;
             };
             let submission = Submission {
@@ -652,10 +676,10 @@ impl LaneQueue {
         }
         if taken > 0 {
             lane.producer.publish(&shared.submissions);
-            if let Some(doorbell) = channel.doorbell() {
+            if let Some(doorbell) = memory.doorbell() {
                 doorbell.fetch_or(1 << lane.at.1, Ordering::SeqCst);
             }
-            let asleep = channel.sleeping();
+            let asleep = memory.sleeping();
             if asleep.is_some_and(|asleep| asleep.load(Ordering::SeqCst) != 0) {
                 self.session.bell.set();
             }
@@ -823,10 +847,10 @@ impl LaneQueue {
 impl Drop for LaneQueue {
     fn drop(&mut self) {
         if let Some(lane) = self.lane.take() {
-            let mut lanes = self.session.lanes.lock();
+            let lanes = self.session.lanes.lock();
             lanes
-                .as_mut()
-                .unwrap_or_else(|poisoned| poisoned.get_mut())
+                .unwrap_or_else(PoisonError::into_inner)
+                .used
                 .push(lane);
         }
     }

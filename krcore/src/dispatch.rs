@@ -85,13 +85,19 @@ struct Sharer {
 /// What is posted and not yet covered by a completion, oldest first.
 #[derive(Debug)]
 struct Outstanding {
-    ticket: Ticket,
-    id: u64,
-    /// The user wants to hear of its success.
-    signalled: bool,
-    transfers: bool,
+    whose: Whose,
     /// Keeps its regions alive, and is posted again where a broken pair did not execute it.
     raw: RawRequest,
+}
+
+/// Whom a request is of, and what he wants to hear.
+#[derive(Debug, Clone, Copy)]
+struct Whose {
+    ticket: Ticket,
+    id: u64,
+    /// He wants to hear of its success.
+    signalled: bool,
+    transfers: bool,
 }
 
 #[derive(Debug)]
@@ -101,7 +107,9 @@ struct Shared {
     outstanding: VecDeque<Outstanding>,
     sharers: Vec<Sharer>,
     free: Vec<u32>,
-    scratch: Vec<RawRequest>,
+    /// The chunk that is being posted.
+    chunk: Vec<RawRequest>,
+    whose: Vec<Whose>,
     /// Whose request failed last, and how: what the pair broke by.
     cause: Option<(Ticket, DcAddress, Status)>,
     /// Who was given something since the lock was taken.
@@ -141,7 +149,8 @@ impl Queue {
             outstanding: VecDeque::with_capacity(depth),
             sharers: Vec::new(),
             free: Vec::new(),
-            scratch: Vec::with_capacity(depth),
+            chunk: Vec::with_capacity(depth),
+            whose: Vec::with_capacity(depth),
             cause: None,
             given: Vec::new(),
         };
@@ -215,22 +224,20 @@ impl Queue {
         self.signal.unregister(ticket.slot);
     }
 
-    /// How many more signalled requests a sharer may post before it has to poll.
-    pub(crate) fn room(&self, ticket: Ticket) -> usize {
-        let shared = self.lock();
-        let sharer = &shared.sharers[ticket.slot as usize];
-        COMPLETIONS.saturating_sub(sharer.pending + sharer.ready.len())
-    }
-
-    /// Posts all of `work`, in chunks of at most the depth; polls while there is no room. The caller
-    /// has asked for [`room`](Self::room).
+    /// Posts what of `work` there is room for among the completions that the sharer has not polled,
+    /// in chunks of at most the depth; polls while the pair has no room. Says how many.
     pub(crate) fn post(
         &self,
         ticket: Ticket,
         to: DcAddress,
-        mut work: impl ExactSizeIterator<Item = Item>,
-    ) {
+        work: impl ExactSizeIterator<Item = Item>,
+    ) -> usize {
         let mut shared = self.lock();
+        let sharer = &shared.sharers[ticket.slot as usize];
+        let taken = work
+            .len()
+            .min(COMPLETIONS.saturating_sub(sharer.pending + sharer.ready.len()));
+        let mut work = work.take(taken);
         while work.len() > 0 {
             let chunk = work.len().min(self.options.depth);
             while shared.used + chunk > self.options.depth {
@@ -244,6 +251,7 @@ impl Queue {
         }
         // Its own event as well: what it posted may have completed already.
         self.tell(&mut shared, NOBODY);
+        taken
     }
 
     pub(crate) fn take(&self, ticket: Ticket, out: &mut [Completion]) -> usize {
@@ -283,7 +291,18 @@ impl Queue {
             header: None,
             transfers: true,
         };
-        self.post(ticket, to, std::iter::once(fence));
+        {
+            // It needs no room among the completions, so that it can always be posted.
+            let mut shared = self.lock();
+            while shared.used + 1 > self.options.depth {
+                if !shared.pop() {
+                    std::thread::yield_now();
+                }
+                self.mend(&mut shared);
+            }
+            shared.post_chunk(ticket, to, std::iter::once(fence));
+            self.mend(&mut shared);
+        }
         loop {
             let mut shared = self.lock();
             while shared.pop() {}
@@ -327,12 +346,12 @@ impl Queue {
             }
             // What it never completed it may have executed.
             while let Some(lost) = shared.outstanding.pop_front() {
-                shared.finish(&lost, Status::RetryExceeded);
+                shared.finish(lost.whose, Status::RetryExceeded);
             }
             let Ok(pair) = self.fabric.queue_pair(self.options.clone()) else {
                 // The next request tries again; none of these waits for it.
                 for lost in again {
-                    shared.finish(&lost, Status::Flushed);
+                    shared.finish(lost.whose, Status::Flushed);
                 }
                 shared.used = 0;
                 return;
@@ -343,10 +362,11 @@ impl Queue {
             let cause = shared.cause.take();
             for item in again {
                 let follows = cause.is_none_or(|(ticket, to, status)| {
-                    item.ticket == ticket || status == Status::RetryExceeded && item.raw.to == to
+                    item.whose.ticket == ticket
+                        || status == Status::RetryExceeded && item.raw.to == to
                 });
                 if follows {
-                    shared.finish(&item, Status::Flushed);
+                    shared.finish(item.whose, Status::Flushed);
                 } else {
                     shared.post_again(item);
                 }
@@ -360,65 +380,65 @@ impl Shared {
         &mut self,
         ticket: Ticket,
         to: DcAddress,
-        chunk: impl ExactSizeIterator<Item = Item>,
+        items: impl ExactSizeIterator<Item = Item>,
     ) {
         let mut covers = 0;
-        let first = self.outstanding.len();
-        let last = chunk.len();
-        self.scratch.clear();
-        for (at, item) in chunk.enumerate() {
+        let mut signals = 0;
+        let last = items.len();
+        for (at, item) in items.enumerate() {
             let Item {
                 work,
                 header,
                 transfers,
             } = item;
             covers += 1;
+            signals += usize::from(work.signalled);
             // A SEND always signals: it may fail without breaking the pair.
-            let signals = work.signalled || at + 1 == last || header.is_some();
-            let raw = RawRequest {
-                wr_id: WrId {
-                    ticket: work.signalled.then_some(ticket),
-                    covers,
-                }
-                .encode(),
-                signalled: signals,
+            let signalled = work.signalled || at + 1 == last || header.is_some();
+            let wr_id = WrId {
+                ticket: work.signalled.then_some(ticket),
+                covers,
+            };
+            if signalled {
+                covers = 0;
+            }
+            self.whose.push(Whose {
+                ticket,
+                id: work.id,
+                signalled: work.signalled,
+                transfers,
+            });
+            self.chunk.push(RawRequest {
+                wr_id: wr_id.encode(),
+                signalled,
                 op: work.op,
                 local: work.local,
                 remote: work.remote,
                 to,
                 header,
-            };
-            if signals {
-                covers = 0;
-            }
-            self.sharers[ticket.slot as usize].pending += usize::from(work.signalled);
-            self.scratch.push(raw.clone());
-            self.outstanding.push_back(Outstanding {
-                ticket,
-                id: work.id,
-                signalled: work.signalled,
-                transfers,
-                raw,
             });
         }
-        // Room was made before. A pair that says otherwise has lost count, and nothing was posted.
-        if self.pair.post(&self.scratch).is_ok() {
+        self.sharers[ticket.slot as usize].pending += signals;
+        let posted = self.pair.post(&self.chunk).is_ok();
+        if posted {
             self.used += last;
-        } else {
-            while self.outstanding.len() > first
-                && let Some(lost) = self.outstanding.pop_back()
-            {
-                self.finish(&lost, Status::Flushed);
-            }
+            let both = self.whose.drain(..).zip(self.chunk.drain(..));
+            self.outstanding
+                .extend(both.map(|(whose, raw)| Outstanding { whose, raw }));
+            return;
         }
-        self.scratch.clear();
+        // Room was made before. A pair that says otherwise has lost count, and nothing was posted.
+        self.chunk.clear();
+        for lost in std::mem::take(&mut self.whose) {
+            self.finish(lost, Status::Flushed);
+        }
     }
 
     /// Posts what a broken pair did not execute, each signalled, so that it is covered by itself.
     fn post_again(&mut self, mut item: Outstanding) {
         item.raw.signalled = true;
         item.raw.wr_id = WrId {
-            ticket: item.signalled.then_some(item.ticket),
+            ticket: item.whose.signalled.then_some(item.whose.ticket),
             covers: 1,
         }
         .encode();
@@ -426,7 +446,7 @@ impl Shared {
             self.used += 1;
             self.outstanding.push_back(item);
         } else {
-            self.finish(&item, Status::Flushed);
+            self.finish(item.whose, Status::Flushed);
         }
     }
 
@@ -455,17 +475,17 @@ impl Shared {
                 continue;
             }
             debug_assert!(
-                said.ticket.is_none_or(|ticket| ticket == done.ticket),
+                said.ticket.is_none_or(|ticket| ticket == done.whose.ticket),
                 "completions in order"
             );
             if completion.status != Status::Success {
-                self.cause = Some((done.ticket, done.raw.to, completion.status));
+                self.cause = Some((done.whose.ticket, done.raw.to, completion.status));
             }
-            self.finish(&done, completion.status);
+            self.finish(done.whose, completion.status);
         }
     }
 
-    fn finish(&mut self, done: &Outstanding, status: Status) {
+    fn finish(&mut self, done: Whose, status: Status) {
         let sharer = &mut self.sharers[done.ticket.slot as usize];
         if !sharer.taken || sharer.generation != done.ticket.generation {
             return;

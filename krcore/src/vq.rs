@@ -253,11 +253,6 @@ impl PooledQueue {
             sends |= matches!(request.op, Op::Send(_));
         }
         self.follow_pool(work.len());
-        let room = self.queue.room(self.ticket);
-        let work = match work.get(..room) {
-            Some(fits) => fits,
-            None => work,
-        };
         if sends {
             return self.post_sends(work);
         }
@@ -266,8 +261,25 @@ impl PooledQueue {
             header: None,
             transfers: false,
         });
-        self.queue.post(self.ticket, self.address, items);
-        Ok(work.len())
+        Ok(self.queue.post(self.ticket, self.address, items))
+    }
+
+    /// The same for one request, which is given away.
+    #[cfg(feature = "daemon")]
+    pub(crate) fn post_one(&mut self, work: WorkRequest) -> Result<usize, Malformed> {
+        if matches!(work.op, Op::Send(_)) {
+            let work = std::slice::from_ref(&work);
+            return self.post(work).map_err(|refused| refused.why);
+        }
+        self.check(&work)?;
+        self.follow_pool(1);
+        let item = Item {
+            work,
+            header: None,
+            transfers: false,
+        };
+        let items = std::iter::once(item);
+        Ok(self.queue.post(self.ticket, self.address, items))
     }
 
     /// Takes a receive buffer of the peer for each message before any is posted.
@@ -303,10 +315,27 @@ impl PooledQueue {
                 .for_each(|large: Large| self.core.acks.give_back(large.ack));
             return Err(why);
         }
-        self.large.extend(larges);
-        self.queue
+        // What there is no room for gives back what was taken for it.
+        let services: Vec<_> = items.iter().map(|item| item.work.op).collect();
+        let large: Vec<_> = items.iter().map(|item| item.work.local.len == 0).collect();
+        let taken = self
+            .queue
             .post(self.ticket, self.address, items.into_iter());
-        Ok(work.len())
+        for op in services.get(taken..).unwrap_or_default() {
+            if let Op::Send(service) = op {
+                self.core.fabric.release(self.address, *service);
+            }
+        }
+        let kept = large
+            .iter()
+            .take(taken)
+            .filter(|is_large| **is_large)
+            .count();
+        for lost in larges.drain(kept.min(larges.len())..) {
+            self.core.acks.give_back(lost.ack);
+        }
+        self.large.extend(larges);
+        Ok(taken)
     }
 
     fn send(
