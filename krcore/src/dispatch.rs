@@ -64,11 +64,21 @@ impl WrId {
 
 /// What to post for a virtual queue: the user's request, and what goes before a SEND.
 #[derive(Debug)]
-pub(crate) struct Item {
-    pub(crate) work: WorkRequest,
+pub(crate) struct Item<'a> {
+    pub(crate) work: &'a WorkRequest,
     pub(crate) header: Option<Box<[u8; SEND_HEADER]>>,
     /// The fence of a transfer, which completes for nobody but that.
     pub(crate) transfers: bool,
+}
+
+impl<'a> Item<'a> {
+    pub(crate) fn plain(work: &'a WorkRequest) -> Self {
+        Self {
+            work,
+            header: None,
+            transfers: false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -124,6 +134,8 @@ pub(crate) struct Queue {
     options: PairOptions,
     peer: Option<NodeId>,
     pub(crate) signal: Arc<Signal>,
+    /// Whether its pairs have done all when posting returns.
+    pub(crate) is_synchronous: bool,
     rebuilt: AtomicU64,
     sharers: AtomicUsize,
     /// Left the LRU: its sharers go back to DC.
@@ -143,8 +155,10 @@ impl Queue {
             peer: peer.map(|(_, address)| address),
             wake: crate::fabric::Wake::new(move || woken.wake()),
         };
+        let pair = fabric.queue_pair(options.clone())?;
+        let is_synchronous = pair.is_synchronous();
         let shared = Shared {
-            pair: fabric.queue_pair(options.clone())?,
+            pair,
             used: 0,
             outstanding: VecDeque::with_capacity(depth),
             sharers: Vec::new(),
@@ -160,6 +174,7 @@ impl Queue {
             options,
             peer: peer.map(|(node, _)| node),
             signal,
+            is_synchronous,
             rebuilt: AtomicU64::new(0),
             sharers: AtomicUsize::new(0),
             evicted: AtomicBool::new(false),
@@ -225,18 +240,19 @@ impl Queue {
     }
 
     /// Posts what of `work` there is room for among the completions that the sharer has not polled,
-    /// in chunks of at most the depth; polls while the pair has no room. Says how many.
-    pub(crate) fn post(
+    /// in chunks of at most the depth; polls while the pair has no room. Says how many. What is ready
+    /// by then goes to `ready`, so that who polls next need not lock.
+    pub(crate) fn post<'a>(
         &self,
         ticket: Ticket,
         to: DcAddress,
-        work: impl ExactSizeIterator<Item = Item>,
+        work: impl ExactSizeIterator<Item = Item<'a>>,
+        ready: &mut VecDeque<Completion>,
     ) -> usize {
         let mut shared = self.lock();
         let sharer = &shared.sharers[ticket.slot as usize];
-        let taken = work
-            .len()
-            .min(COMPLETIONS.saturating_sub(sharer.pending + sharer.ready.len()));
+        let waiting = sharer.pending + sharer.ready.len() + ready.len();
+        let taken = work.len().min(COMPLETIONS.saturating_sub(waiting));
         let mut work = work.take(taken);
         while work.len() > 0 {
             let chunk = work.len().min(self.options.depth);
@@ -249,24 +265,23 @@ impl Queue {
             shared.post_chunk(ticket, to, work.by_ref().take(chunk));
             self.mend(&mut shared);
         }
-        // Its own event as well: what it posted may have completed already.
-        self.tell(&mut shared, NOBODY);
+        if self.signal.is_watched() {
+            // Its own event as well: what it posted may have completed already.
+            self.tell(&mut shared, NOBODY);
+        } else {
+            shared.given.clear();
+        }
+        ready.append(&mut shared.sharers[ticket.slot as usize].ready);
         taken
     }
 
-    pub(crate) fn take(&self, ticket: Ticket, out: &mut [Completion]) -> usize {
+    /// Moves what is ready to `ready`.
+    pub(crate) fn collect(&self, ticket: Ticket, ready: &mut VecDeque<Completion>) {
         let mut shared = self.lock();
-        if shared.sharers[ticket.slot as usize].ready.len() < out.len() {
-            while shared.pop() {}
-            self.mend(&mut shared);
-        }
-        let ready = &mut shared.sharers[ticket.slot as usize].ready;
-        let taken = ready.len().min(out.len());
-        for (to, completion) in out.iter_mut().zip(ready.drain(..taken)) {
-            *to = completion;
-        }
+        while shared.pop() {}
+        self.mend(&mut shared);
+        ready.append(&mut shared.sharers[ticket.slot as usize].ready);
         self.tell(&mut shared, ticket.slot);
-        taken
     }
 
     /// Wakes those, but `me`, who were given something.
@@ -287,7 +302,7 @@ impl Queue {
         fence: WorkRequest,
     ) -> VecDeque<Completion> {
         let fence = Item {
-            work: fence,
+            work: &fence,
             header: None,
             transfers: true,
         };
@@ -318,10 +333,6 @@ impl Queue {
             drop(shared);
             std::thread::yield_now();
         }
-    }
-
-    pub(crate) fn adopt(&self, ticket: Ticket, ready: VecDeque<Completion>) {
-        self.lock().sharers[ticket.slot as usize].ready = ready;
     }
 
     /// Where the pair has broken: hands out what it has completed, puts a new pair in its place, and
@@ -376,11 +387,11 @@ impl Queue {
 }
 
 impl Shared {
-    fn post_chunk(
+    fn post_chunk<'a>(
         &mut self,
         ticket: Ticket,
         to: DcAddress,
-        items: impl ExactSizeIterator<Item = Item>,
+        items: impl ExactSizeIterator<Item = Item<'a>>,
     ) {
         let mut covers = 0;
         let mut signals = 0;
@@ -412,7 +423,7 @@ impl Shared {
                 wr_id: wr_id.encode(),
                 signalled,
                 op: work.op,
-                local: work.local,
+                local: work.local.clone(),
                 remote: work.remote,
                 to,
                 header,
@@ -420,6 +431,26 @@ impl Shared {
         }
         self.sharers[ticket.slot as usize].pending += signals;
         let posted = self.pair.post(&self.chunk).is_ok();
+        if posted
+            && self.outstanding.is_empty()
+            && self.pair.is_synchronous()
+            && self.pair.state() == State::Rts
+        {
+            // All of it is done: nothing has to be kept.
+            let whose = std::mem::take(&mut self.whose);
+            let mut at = 0;
+            while let Some(completion) = self.pair.poll() {
+                at += WrId::decode(completion.wr_id).covers as usize;
+                if let Some(whose) = at.checked_sub(1).and_then(|at| whose.get(at)) {
+                    self.finish(*whose, completion.status);
+                }
+            }
+            debug_assert_eq!(at, last, "a synchronous pair completes all");
+            self.whose = whose;
+            self.whose.clear();
+            self.chunk.clear();
+            return;
+        }
         if posted {
             self.used += last;
             let both = self.whose.drain(..).zip(self.chunk.drain(..));

@@ -208,6 +208,7 @@ pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, limit: Duration) {
 }
 
 /// Wakes whoever sleeps on `word`.
+#[cfg(feature = "daemon")]
 pub(crate) fn futex_wake(word: &AtomicU32) {
     // SAFETY: the word is a living, aligned 32-bit atomic; FUTEX_WAKE reads nothing through it.
     unsafe {

@@ -1129,9 +1129,10 @@ impl Lane {
             region.slice(submission.offset, submission.len),
             submission.remote,
         );
-        match queue.post_one(work)? {
-            0 => Err(Malformed::ReceiverNotReady),
-            _ => Ok(()),
+        match queue.post(std::slice::from_ref(&work)) {
+            Ok(1..) => Ok(()),
+            Ok(0) => Err(Malformed::ReceiverNotReady),
+            Err(refused) => Err(refused.why),
         }
     }
 }

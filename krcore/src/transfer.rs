@@ -49,7 +49,7 @@ impl PooledQueue {
         let fence = WorkRequest::new(0, Op::Fence, self.core.nothing(), nowhere);
         let ready = self.queue.fence(self.ticket, self.address, fence);
         self.queue.leave(self.ticket);
-        to.adopt(ticket, ready);
+        self.ready.extend(ready);
         if let Some(event) = self.event.get() {
             to.signal.register(ticket.slot, Arc::clone(event));
         }

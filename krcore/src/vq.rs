@@ -1,6 +1,7 @@
 //! The virtual queue: what a user holds. A share of a physical queue pair, the peer's metadata, and
 //! a software completion queue (section 4.3 of the paper).
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use crate::check;
 use crate::clock::{self, Deadline};
 use crate::dispatch::{Item, Queue, Ticket};
 use crate::error::{Error, Malformed, PostError, Result};
-use crate::fabric::{DcAddress, Op, Status};
+use crate::fabric::{DcAddress, Op, SEND_HEADER, Status};
 use crate::message::{Descriptor, Header, LARGE_PER_QUEUE};
 use crate::mr::{RESERVED_KEYS, RegionEntry};
 use crate::node::{Core, NodeId, Service};
@@ -217,6 +218,8 @@ pub(crate) struct PooledQueue {
     pub(crate) event: OnceLock<Arc<Event>>,
     /// The remote region used last, and until when its entry is believed.
     entry: Option<(RKey, RegionEntry, Duration)>,
+    /// What has completed and was not polled.
+    pub(crate) ready: VecDeque<Completion>,
     /// Large messages that wait to be fetched: what to complete, and where that will be said.
     large: Vec<Large>,
 }
@@ -226,6 +229,13 @@ struct Large {
     id: u64,
     signalled: bool,
     ack: u32,
+}
+
+/// A request of a list with messages, with what was taken for it.
+struct Send {
+    work: WorkRequest,
+    header: Option<Box<[u8; SEND_HEADER]>>,
+    large: Option<Large>,
 }
 
 impl PooledQueue {
@@ -241,6 +251,7 @@ impl PooledQueue {
             posted: 0,
             event: OnceLock::new(),
             entry: None,
+            ready: VecDeque::new(),
             large: Vec::new(),
         })
     }
@@ -256,95 +267,63 @@ impl PooledQueue {
         if sends {
             return self.post_sends(work);
         }
-        let items = work.iter().map(|request| Item {
-            work: request.clone(),
-            header: None,
-            transfers: false,
-        });
-        Ok(self.queue.post(self.ticket, self.address, items))
-    }
-
-    /// The same for one request, which is given away.
-    #[cfg(feature = "daemon")]
-    pub(crate) fn post_one(&mut self, work: WorkRequest) -> Result<usize, Malformed> {
-        if matches!(work.op, Op::Send(_)) {
-            let work = std::slice::from_ref(&work);
-            return self.post(work).map_err(|refused| refused.why);
-        }
-        self.check(&work)?;
-        self.follow_pool(1);
-        let item = Item {
-            work,
-            header: None,
-            transfers: false,
-        };
-        let items = std::iter::once(item);
-        Ok(self.queue.post(self.ticket, self.address, items))
+        let items = work.iter().map(Item::plain);
+        let ready = &mut self.ready;
+        Ok(self.queue.post(self.ticket, self.address, items, ready))
     }
 
     /// Takes a receive buffer of the peer for each message before any is posted.
     fn post_sends(&mut self, work: &[WorkRequest]) -> Result<usize, PostError> {
-        let mut items = Vec::with_capacity(work.len());
-        let mut larges = Vec::new();
-        let mut refused = None;
+        let mut sends = Vec::with_capacity(work.len());
         for (index, request) in work.iter().enumerate() {
-            let item = match request.op {
-                Op::Send(service) => self.send(request, service, &mut larges),
-                _ => Ok(Item {
-                    work: request.clone(),
-                    header: None,
-                    transfers: false,
-                }),
-            };
-            match item {
-                Ok(item) => items.push(item),
+            let large = sends
+                .iter()
+                .filter(|send: &&Send| send.large.is_some())
+                .count();
+            match self.send(request, large) {
+                Ok(send) => sends.push(send),
                 Err(why) => {
-                    refused = Some(PostError { index, why });
-                    break;
+                    self.take_back(&sends);
+                    return Err(PostError { index, why });
                 }
             }
         }
-        if let Some(why) = refused {
-            for item in &items {
-                if let Op::Send(service) = item.work.op {
-                    self.core.fabric.release(self.address, service);
-                }
-            }
-            larges
-                .into_iter()
-                .for_each(|large: Large| self.core.acks.give_back(large.ack));
-            return Err(why);
-        }
-        // What there is no room for gives back what was taken for it.
-        let services: Vec<_> = items.iter().map(|item| item.work.op).collect();
-        let large: Vec<_> = items.iter().map(|item| item.work.local.len == 0).collect();
-        let taken = self
-            .queue
-            .post(self.ticket, self.address, items.into_iter());
-        for op in services.get(taken..).unwrap_or_default() {
-            if let Op::Send(service) = op {
-                self.core.fabric.release(self.address, *service);
-            }
-        }
-        let kept = large
-            .iter()
-            .take(taken)
-            .filter(|is_large| **is_large)
-            .count();
-        for lost in larges.drain(kept.min(larges.len())..) {
-            self.core.acks.give_back(lost.ack);
-        }
-        self.large.extend(larges);
+        let items = sends.iter_mut().map(|send| Item {
+            work: &send.work,
+            header: send.header.take(),
+            transfers: false,
+        });
+        let ready = &mut self.ready;
+        let taken = self.queue.post(self.ticket, self.address, items, ready);
+        let unposted = sends.split_off(taken);
+        self.take_back(&unposted);
+        self.large
+            .extend(sends.iter().filter_map(|send| send.large));
         Ok(taken)
     }
 
-    fn send(
-        &self,
-        request: &WorkRequest,
-        service: Service,
-        larges: &mut Vec<Large>,
-    ) -> Result<Item, Malformed> {
+    /// Gives back what was taken for messages that are not posted.
+    fn take_back(&self, sends: &[Send]) {
+        for send in sends {
+            if let Op::Send(service) = send.work.op {
+                self.core.fabric.release(self.address, service);
+            }
+            if let Some(large) = send.large {
+                self.core.acks.give_back(large.ack);
+            }
+        }
+    }
+
+    /// `larges` are before it in the same list.
+    fn send(&self, request: &WorkRequest, larges: usize) -> Result<Send, Malformed> {
         let mut work = request.clone();
+        let Op::Send(service) = request.op else {
+            return Ok(Send {
+                work,
+                header: None,
+                large: None,
+            });
+        };
         let mut header = Header {
             from: self.core.id,
             address: self.core.port.address(),
@@ -352,12 +331,13 @@ impl PooledQueue {
             large: None,
         };
         let is_large = request.local.len > check::MAX_INLINE;
-        if is_large && self.large.len() + larges.len() >= LARGE_PER_QUEUE {
+        if is_large && self.large.len() + larges >= LARGE_PER_QUEUE {
             return Err(Malformed::TooManyLarge);
         }
         if !self.core.fabric.reserve(self.address, service)? {
             return Err(Malformed::ReceiverNotReady);
         }
+        let mut large = None;
         if is_large {
             let Some((ack, nonce)) = self.core.acks.take() else {
                 self.core.fabric.release(self.address, service);
@@ -368,7 +348,7 @@ impl PooledQueue {
                 ack,
                 nonce,
             });
-            larges.push(Large {
+            large = Some(Large {
                 id: work.id,
                 signalled: work.signalled,
                 ack,
@@ -376,10 +356,10 @@ impl PooledQueue {
             work.local.len = 0;
             work.signalled = false;
         }
-        Ok(Item {
+        Ok(Send {
             work,
             header: Some(Box::new(header.encode())),
-            transfers: false,
+            large,
         })
     }
 
@@ -430,7 +410,14 @@ impl PooledQueue {
     }
 
     fn take(&mut self, out: &mut [Completion]) -> usize {
-        let mut taken = self.queue.take(self.ticket, out);
+        // On a synchronous pair nothing comes but while posting.
+        if self.ready.len() < out.len() && !self.queue.is_synchronous {
+            self.queue.collect(self.ticket, &mut self.ready);
+        }
+        let mut taken = self.ready.len().min(out.len());
+        for (to, completion) in out.iter_mut().zip(self.ready.drain(..taken)) {
+            *to = completion;
+        }
         for done in &out[..taken] {
             if done.status == Status::RetryExceeded {
                 self.core.forget(self.peer);

@@ -204,6 +204,11 @@ pub trait QueuePair: Send + fmt::Debug {
     fn state(&self) -> State;
     /// How many requests it holds.
     fn depth(&self) -> usize;
+    /// Whether all that was posted has been executed, and all its completions can be polled, when
+    /// [`post`](Self::post) returns. A pair that says so is spared some book-keeping.
+    fn is_synchronous(&self) -> bool {
+        false
+    }
 }
 
 /// What a queue pair calls when it has something to poll.

@@ -301,7 +301,9 @@ impl QueuePair for ShmQueuePair {
     }
 
     fn poll(&mut self) -> Option<RawCompletion> {
-        self.progress(0);
+        if !self.queue.is_empty() {
+            self.progress(0);
+        }
         let (completion, covers) = self.completions.pop_front()?;
         self.used -= covers;
         Some(completion)
@@ -313,6 +315,10 @@ impl QueuePair for ShmQueuePair {
 
     fn depth(&self) -> usize {
         self.depth
+    }
+
+    fn is_synchronous(&self) -> bool {
+        self.fabric.lag == 0
     }
 }
 
