@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use carlsbad_types::ByteSize;
@@ -34,6 +34,8 @@ use crate::wire::{self, Cookie, GENERATIONS, Submission};
 
 /// How long the daemon may take for a request that has no limit of its own.
 const CONTROL_LIMIT: Duration = Duration::from_secs(5);
+/// How often to look for an answer before sleeping: some 20 us, in which most have come.
+const LOOKS: u32 = 40;
 /// A sleeper looks this often whether the daemon is still there.
 const NAP: Duration = Duration::from_millis(20);
 /// After so many operations of its own a trusted process looks whether the daemon is still there.
@@ -83,6 +85,7 @@ impl Socket {
         limit: Duration,
     ) -> Result<(Reply, Vec<OwnedFd>)> {
         control::send(self.0.as_fd(), request, descriptors)?;
+        let mut looks = LOOKS;
         let end = Deadline::after(limit);
         loop {
             match control::receive(self.0.as_fd()) {
@@ -90,6 +93,11 @@ impl Socket {
                 Incoming::Packet(reply, descriptors) => return Ok((reply, descriptors)),
                 Incoming::Broken(why) => return Err(Error::Protocol(why)),
                 Incoming::Closed => return Err(Error::Disconnected),
+                Incoming::Nothing if looks > 0 => {
+                    looks -= 1;
+                    std::thread::yield_now();
+                    continue;
+                }
                 Incoming::Nothing => {}
             }
             let Some(left) = end.left() else {
@@ -239,9 +247,9 @@ impl Mapped {
 /// An attached process.
 #[derive(Debug)]
 pub(crate) struct Session {
-    control: Mutex<Socket>,
-    /// The same socket, to look whether the daemon is there while somebody else asks it something.
-    watch: Socket,
+    socket: Socket,
+    /// Who asks the daemon something has the socket until the answer has come.
+    asking: Mutex<()>,
     node: NodeId,
     address: DcAddress,
     mode: Mode,
@@ -281,16 +289,12 @@ impl Session {
         let (Some(bell), Some(channel)) = (descriptors.pop(), descriptors.pop()) else {
             return Err(Error::Protocol("the wrong number of descriptors"));
         };
-        let watch = socket.0.try_clone().map_err(|source| Error::Io {
-            what: "duplicate a descriptor",
-            source,
-        })?;
         let channel = Channel::over(Sealed::adopt(channel, true)?)?;
         let peers = Peers::default();
         peers.learn(node, address);
         Ok(Arc::new(Self {
-            control: Mutex::new(socket),
-            watch: Socket(watch),
+            socket,
+            asking: Mutex::default(),
             node,
             address,
             mode,
@@ -323,12 +327,10 @@ impl Session {
         self.peers.bytes()
     }
 
-    fn control(&self) -> MutexGuard<'_, Socket> {
-        self.control.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn ask(&self, request: &Request, with: &[BorrowedFd<'_>]) -> Result<(Reply, Vec<OwnedFd>)> {
-        let answer = self.control().ask(request, with, CONTROL_LIMIT);
+        let asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = self.socket.ask(request, with, CONTROL_LIMIT);
+        drop(asking);
         if matches!(answer, Err(Error::Disconnected)) {
             self.dead.store(true, Ordering::Relaxed);
         }
@@ -339,7 +341,7 @@ impl Session {
         if self.dead.load(Ordering::Relaxed) {
             return false;
         }
-        let alive = self.watch.is_alive();
+        let alive = self.socket.is_alive();
         if !alive {
             self.dead.store(true, Ordering::Relaxed);
         }
@@ -829,7 +831,7 @@ impl LaneQueue {
         let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
         either.add(&nudged, readable).map_err(failed)?;
         let gone = EpollEvent::new(EpollFlags::EPOLLRDHUP, 1);
-        either.add(&self.session.watch.0, gone).map_err(failed)?;
+        either.add(&self.session.socket.0, gone).map_err(failed)?;
         let (channel, lane) = lane.at;
         self.session
             .ask(&Request::Arm { channel, lane }, &[own.as_fd()])?;

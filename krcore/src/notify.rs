@@ -41,7 +41,12 @@ pub(crate) struct Event(EventFd);
 
 impl Event {
     pub(crate) fn new() -> Result<Self> {
-        EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        Self::with(0)
+    }
+
+    fn with(count: u32) -> Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        EventFd::from_value_and_flags(count, flags)
             .map(Self)
             .map_err(|e| Error::Io {
                 what: "create an eventfd",
@@ -219,9 +224,7 @@ pub(crate) fn futex_wake(word: &AtomicU32) {
 /// A descriptor that is always readable, for event loops whose own could not be made: they look more
 /// often than they would have to, and miss nothing.
 pub(crate) fn always_ready() -> Result<Event> {
-    let event = Event::new()?;
-    event.set();
-    Ok(event)
+    Event::with(1)
 }
 
 /// Polls until there is something or `limit` is over; yields between.

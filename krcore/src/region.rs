@@ -80,7 +80,9 @@ impl Sealed {
         if length == 0 || length > MAX_REGION {
             return Err(Error::NotSealed);
         }
-        let options = MmapOptions::new();
+        let bytes = usize::try_from(length).map_err(|_| Error::NotSealed)?;
+        let mut options = MmapOptions::new();
+        options.len(bytes);
         let map = if writable {
             options.map_raw(&file)
         } else {

@@ -278,6 +278,7 @@ impl Daemon {
             executors,
             next: 0,
             stock: Vec::new(),
+            later: Vec::new(),
         };
         control.watch_all()?;
         let control = spawn("krcored-control", Box::new(move || control.run()))?;
@@ -353,6 +354,8 @@ struct Control {
     executors: Vec<Executor>,
     next: u64,
     stock: Vec<Channel>,
+    /// What executors are told when the client has its answer, so that they do not wake before it.
+    later: Vec<(u64, Command)>,
 }
 
 const LISTENER: u64 = u64::MAX;
@@ -417,8 +420,13 @@ impl Control {
         }
     }
 
-    fn executor(&self, id: u64) -> &Executor {
-        &self.executors[id as usize % self.executors.len()]
+    fn tell_executors(&mut self) {
+        for (id, command) in self.later.drain(..) {
+            let at = id as usize % self.executors.len();
+            if let Some(executor) = self.executors.get(at) {
+                executor.tell(command);
+            }
+        }
     }
 
     fn accept(&mut self) {
@@ -463,7 +471,7 @@ impl Control {
         {
             return;
         }
-        self.executor(id).tell(Command::Add(Arc::clone(&client)));
+        self.later.push((id, Command::Add(Arc::clone(&client))));
         self.counters.clients.fetch_add(1, Ordering::SeqCst);
         self.clients.insert(
             id,
@@ -487,7 +495,8 @@ impl Control {
         for service in session.services {
             self.core.inbox.close(service);
         }
-        self.executor(id).tell(Command::Remove(id));
+        self.later.push((id, Command::Remove(id)));
+        self.tell_executors();
         let regions = std::mem::take(
             &mut *session
                 .client
@@ -533,6 +542,7 @@ impl Control {
             if control::send(client.socket.as_fd(), &reply, &borrowed).is_err() {
                 return self.remove(id);
             }
+            self.tell_executors();
         }
     }
 
@@ -673,7 +683,7 @@ impl Control {
         let armed = Arc::new(Armed::new());
         session.channels.push(Arc::clone(&armed));
         let command = Command::Channel(id, channel.clone(), armed);
-        self.executor(id).tell(command);
+        self.later.push((id, command));
         Ok(channel)
     }
 }
