@@ -79,8 +79,9 @@ fn warm(samples: usize) {
             stream.read_exact(&mut bytes).unwrap();
         })
     };
-    let attached = || connects(&node, node.id(), &attached_read, 200);
-    let embedded = || connects(&client, NodeId(1), &embedded_read, 1000);
+    let rounds = if is_quick() { 10 } else { 2000 };
+    let attached = || connects(&node, node.id(), &attached_read, rounds);
+    let embedded = || connects(&client, NodeId(1), &embedded_read, rounds);
     let mut alone = Vec::new();
     let both = interleave(
         1,

@@ -14,6 +14,10 @@ use crate::error::{Error, Result};
 /// How long to spin before sleeping: a little more than an operation through the daemon takes.
 pub(crate) const SPIN: Duration = Duration::from_micros(20);
 
+/// So many looks, each with a pause of some 40 ns, before the processor is offered to others: where
+/// the other side has been put on the same processor, it cannot go on before.
+pub(crate) const YIELD_EVERY: u32 = 24;
+
 /// Spins until `done` gives something or [`SPIN`] is over. Yields now and then: with one processor
 /// the other side needs it.
 pub(crate) fn spin<T>(mut done: impl FnMut() -> Option<T>) -> Option<T> {
@@ -24,7 +28,7 @@ pub(crate) fn spin<T>(mut done: impl FnMut() -> Option<T>) -> Option<T> {
             return Some(found);
         }
         round += 1;
-        if round.is_multiple_of(64) {
+        if round.is_multiple_of(YIELD_EVERY) {
             std::thread::yield_now();
             if begun.get_or_insert_with(Instant::now).elapsed() > SPIN {
                 return None;

@@ -854,7 +854,7 @@ impl Execution {
             }
             rounds += 1;
             std::hint::spin_loop();
-            if !rounds.is_multiple_of(64) {
+            if !rounds.is_multiple_of(notify::YIELD_EVERY) {
                 continue;
             }
             std::thread::yield_now();
