@@ -1,6 +1,7 @@
 //! The stops of the tour, one module a crate.
 
 mod directcxl;
+mod krcore;
 mod rund_rt;
 mod tetris_store;
 
@@ -25,9 +26,16 @@ pub(crate) const STOPS: &[Stop] = &[
         job: "Hundreds of secure sandboxes a second, thousands on a machine.",
         run: rund_rt::visit,
     },
+    Stop {
+        name: "krcore",
+        job: "Microsecond RDMA connections from a shared, checked pool.",
+        run: krcore::visit,
+    },
 ];
 
 /// Plays the role that this process was started in, if it was.
 pub(crate) fn play_role() -> Option<Result<()>> {
-    tetris_store::worker::play().or_else(directcxl::worker::play)
+    tetris_store::worker::play()
+        .or_else(directcxl::worker::play)
+        .or_else(krcore::worker::play)
 }

@@ -1,0 +1,6 @@
+//! The decoder of ring entries: any bytes, and what they decode to encodes to the same again.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| krcore::fuzz_entry(bytes));
