@@ -15,12 +15,16 @@ use anyhow::{Context, Result, bail, ensure};
 use carlsbad_kit::capability::cache_dir;
 use tempfile::{NamedTempFile, TempDir};
 
-use super::{BUSYBOX, RESULT, archive, build, copy_with_libraries, make_executable, unpack};
+use super::{
+    BUSYBOX, RESULT, archive, build, build_example, copy_with_libraries, make_executable, unpack,
+};
 use crate::shell;
 use crate::workspace::Package;
 
 /// The test target that has a test for each machine.
 const TARGET: &str = "cxl_vm";
+/// The example that a test runs on whatever memory there is.
+const PROGRAM: &str = "key_value";
 /// The package that depends on the newest kernel with all drivers.
 const KERNEL: &str = "linux-image-amd64";
 const NEWER_KERNEL: &str = "linux-image-cloud-amd64";
@@ -49,7 +53,7 @@ const UNPLUG: &str = "@carlsbad unplug";
 
 /// Runs every machine; with `only`, those whose name contains it.
 pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
-    let binary = build(package, TARGET)?;
+    let programs = [build(package, TARGET)?, build_example(package, PROGRAM)?];
     let wanted = |name: &str| only.is_empty() || only.iter().any(|only| name.contains(only));
     let files = tempfile::Builder::new().prefix("carlsbad-cxl-").tempdir()?;
     if wanted("pmem") {
@@ -59,7 +63,7 @@ pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
             "persistent_memory_becomes_a_pool",
             "persistent_memory_is_a_pool_after_a_restart",
         ] {
-            let mut machine = system.boot(&binary, test, &pmem(&disks), None)?;
+            let mut machine = system.boot(&programs, test, &pmem(&disks), None)?;
             machine.finish()?;
         }
     }
@@ -67,7 +71,7 @@ pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
         let system = System::backports()?;
         let test = "two_devices_behind_a_switch_interleave_and_one_is_unplugged";
         let control = files.path().join("control");
-        let mut machine = system.boot(&binary, test, &switch(), Some(&control))?;
+        let mut machine = system.boot(&programs, test, &switch(), Some(&control))?;
         machine.finish()?;
     }
     if wanted("hosts") {
@@ -78,10 +82,28 @@ pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
             "host_zero_writes_and_follows",
             "host_one_reads_and_takes_over",
         ] {
-            hosts.push(system.boot(&binary, test, &volatile(&shared), None)?);
+            hosts.push(system.boot(&programs, test, &volatile(&shared), None)?);
         }
         for mut host in hosts {
             host.finish()?;
+        }
+    }
+    for (name, test) in [
+        (
+            "program",
+            "one_program_uses_a_file_and_huge_pages_and_a_device",
+        ),
+        (
+            "poison",
+            "a_poisoned_page_is_an_error_and_its_neighbours_are_read",
+        ),
+    ] {
+        if wanted(name) {
+            let system = System::backports()?;
+            let memory = files.path().join(name);
+            system
+                .boot(&programs, test, &volatile(&memory), None)?
+                .finish()?;
         }
     }
     Ok(())
@@ -193,12 +215,12 @@ impl System {
     /// Starts a machine that runs one test.
     fn boot(
         &self,
-        binary: &Path,
+        programs: &[PathBuf; 2],
         test: &'static str,
         devices: &[String],
         control: Option<&Path>,
     ) -> Result<Machine> {
-        let initramfs = self.pack(binary)?;
+        let initramfs = self.pack(programs)?;
         let mut qemu = Command::new(self.qemu.get_program());
         qemu.args(self.qemu.get_args())
             .args(["-M", WINDOW, "-accel", "tcg,thread=multi"])
@@ -236,7 +258,7 @@ impl System {
         })
     }
 
-    fn pack(&self, binary: &Path) -> Result<NamedTempFile> {
+    fn pack(&self, [binary, program]: &[PathBuf; 2]) -> Result<NamedTempFile> {
         let directory = tempfile::Builder::new().prefix("carlsbad-vm-").tempdir()?;
         let root = directory.path();
         for name in [
@@ -246,6 +268,7 @@ impl System {
         }
         fs::copy(&self.busybox, root.join("bin/busybox"))?;
         copy_with_libraries(binary, "/test", root)?;
+        copy_with_libraries(program, &format!("/usr/bin/{PROGRAM}"), root)?;
         copy_with_libraries(Path::new("/usr/bin/ndctl"), "/usr/bin/ndctl", root)
             .context("apt install ndctl")?;
         self.pack_modules(root)?;

@@ -41,7 +41,8 @@ pub(crate) struct Arguments {
     /// One of the ten; all that exist without it.
     #[arg(value_name = "CRATE")]
     name: Option<String>,
-    /// Only these test targets; of directcxl only these machines: pmem, switch, hosts.
+    /// Only these test targets; of directcxl only these machines: pmem, switch, hosts,
+    /// program, poison.
     #[arg(long = "test", value_name = "TARGET")]
     tests: Vec<String>,
     /// How long one machine may run.
@@ -170,6 +171,15 @@ fn unpack(cache: &Path, package: &str) -> Result<PathBuf> {
 
 /// Builds one test target; gives its binary.
 fn build(package: &Package, test: &str) -> Result<PathBuf> {
+    build_target(package, &["test", "--no-run"], "--test", test)
+}
+
+/// Builds one example; gives its binary.
+fn build_example(package: &Package, example: &str) -> Result<PathBuf> {
+    build_target(package, &["build"], "--example", example)
+}
+
+fn build_target(package: &Package, command: &[&str], kind: &str, name: &str) -> Result<PathBuf> {
     #[derive(Deserialize)]
     struct Built {
         executable: Option<PathBuf>,
@@ -181,9 +191,10 @@ fn build(package: &Package, test: &str) -> Result<PathBuf> {
     }
     let messages = shell::output(
         shell::cargo()
-            .args(["test", "--no-run", "--message-format", "json"])
+            .args(command)
+            .args(["--message-format", "json"])
             .args(package.cargo_arguments())
-            .args(["--test", test])
+            .args([kind, name])
             .stderr(Stdio::inherit()),
     )?;
     messages
@@ -193,10 +204,10 @@ fn build(package: &Package, test: &str) -> Result<PathBuf> {
             built
                 .target
                 .as_ref()
-                .is_some_and(|target| target.name == test)
+                .is_some_and(|target| target.name == name)
         })
         .find_map(|built| built.executable)
-        .with_context(|| format!("cargo built no {test}"))
+        .with_context(|| format!("cargo built no {name}"))
 }
 
 /// Puts a program into `root` as `name`, with the libraries it is linked with.
