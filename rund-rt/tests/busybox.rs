@@ -9,12 +9,13 @@
 
 mod common;
 
+use std::path::Path;
 use std::process::Command;
 
 use carlsbad_kit::capability::Capability;
 use rund_rt::{CloneSpec, Limits};
 
-use common::{busybox, root, run, runtime, text};
+use common::{busybox, is_slow, root, run, runtime, text};
 
 /// Shell scripts, one a line; lines that begin with a space go on with the one before.
 const CASES: &str = include_str!("busybox_cases.txt");
@@ -47,7 +48,14 @@ fn busybox_in_a_sandbox_says_what_it_says_on_the_host() {
     let runtime = runtime();
     let shared = root();
     let template = busybox(&runtime, shared.path());
-    let cases = cases();
+    let mut cases = cases();
+    assert!(cases.len() >= 200, "{} cases", cases.len());
+    if is_slow() {
+        cases = cases.into_iter().step_by(4).collect();
+    }
+    let chroot = ["/usr/sbin/chroot", "/bin/chroot"];
+    let chroot = chroot.iter().find(|path| Path::new(path).exists());
+    let chroot = chroot.expect("a chroot");
     let mut wrong = Vec::new();
     for case in &cases {
         // The host's one writes: it gets a root of its own each time.
@@ -58,7 +66,7 @@ fn busybox_in_a_sandbox_says_what_it_says_on_the_host() {
             mknod.arg(device).args(["-m", "666", "c", "1", minor]);
             assert!(mknod.status().unwrap().success());
         }
-        let host = Command::new("/usr/sbin/chroot")
+        let host = Command::new(chroot)
             .arg(own.path())
             .args(["/bin/busybox", "sh", "-c", case])
             .env_clear()
@@ -91,7 +99,6 @@ fn busybox_in_a_sandbox_says_what_it_says_on_the_host() {
         cases.len() - wrong.len(),
         cases.len()
     );
-    assert!(cases.len() >= 200, "{} cases", cases.len());
     assert!(
         wrong.is_empty(),
         "{} differ:\n{}",

@@ -461,8 +461,12 @@ fn role_owner() {
                 .unwrap()
         })
         .collect();
-    std::thread::sleep(Duration::from_millis(300));
     let pids: Vec<_> = sandboxes.iter().filter_map(rund_rt::Sandbox::pid).collect();
+    let began = Instant::now();
+    let forked = || pids.iter().all(|pid| children(*pid) > 0);
+    while !forked() && began.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
     child::tell(serde_json::to_string(&pids).unwrap());
     child::wait_for_parent();
 }

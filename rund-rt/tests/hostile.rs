@@ -115,7 +115,7 @@ fn what_is_no_static_elf_is_refused_with_the_reason() {
     let mut other_machine = whole.clone();
     other_machine[18] = 0xb7;
     assert!(with(&other_machine).contains("x86-64"));
-    assert!(refused(Path::new("/bin/ls")).contains("dynamically"));
+    assert!(refused(Path::new(env!("CARGO_BIN_EXE_rund"))).contains("dynamically"));
     let missing = runtime().prepare(&TemplateSpec::new("/nothing/here"));
     assert!(matches!(missing, Err(Error::Io { .. })), "{missing:?}");
 }

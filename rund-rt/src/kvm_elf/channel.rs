@@ -23,10 +23,15 @@ const INLINE: u8 = 0;
 const IN_FILE: u8 = 1;
 
 /// One end of a connection.
-#[derive(Debug)]
 pub struct Channel {
     socket: OwnedFd,
     buffer: Vec<u8>,
+}
+
+impl std::fmt::Debug for Channel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Channel").field(&self.socket).finish()
+    }
 }
 
 /// Why there is no message.

@@ -122,14 +122,79 @@ const fn user_segment(selector: u16, type_: u8, long: u8) -> kvm_segment {
 /// Vector and floating point registers as a program finds them (System V ABI for x86-64, 3.4.1):
 /// what is not named is in its initial state.
 pub fn first_vectors() -> [u32; XSAVE_WORDS] {
-    /// Offset of the header, whose first word says which parts are there (Intel SDM, volume 1,
-    /// 13.4.2).
-    const HEADER: usize = 512 / 4;
-    let mut region = [0; XSAVE_WORDS];
-    region[0] = 0x37f; // control word: extended precision, exceptions masked
-    region[24 / 4] = 0x1f80; // MXCSR: exceptions masked
-    region[HEADER] = 0b11; // x87 and SSE
-    region
+    legacy_written_out(&[0; XSAVE_WORDS])
+}
+
+/// The same vectors, with the x87 and SSE parts written out where they are in their initial state.
+/// Linux leaves MXCSR as it is where neither SSE nor AVX is said to be there
+/// (`copy_uabi_to_xstate`): what one guest set would be the next one's.
+pub fn legacy_written_out(area: &[u32; XSAVE_WORDS]) -> [u32; XSAVE_WORDS] {
+    /// The header's first word says which parts are there (Intel SDM, volume 1, 13.4.2).
+    const HEADER: usize = LEGACY / 4;
+    let mut area = *area;
+    let present = area[HEADER];
+    if present & 0b001 == 0 {
+        area[..MXCSR.start / 4].fill(0);
+        area[MXCSR_MASK.end / 4..XMM.start / 4].fill(0);
+        area[0] = FIRST_CONTROL.into();
+    }
+    if present & 0b010 == 0 {
+        area[XMM.start / 4..XMM.end / 4].fill(0);
+    }
+    if present & 0b110 == 0 {
+        area[MXCSR.start / 4] = FIRST_MXCSR;
+    }
+    area[HEADER] = present | 0b011;
+    area
+}
+
+/// Bytes of the area of the legacy registers, and where what it holds begins (Intel SDM, volume 1,
+/// table 13-1).
+const LEGACY: usize = 512;
+const MXCSR: std::ops::Range<usize> = 24..28;
+const MXCSR_MASK: std::ops::Range<usize> = 28..32;
+const XMM: std::ops::Range<usize> = 160..416;
+/// The x87 control word: extended precision, exceptions masked.
+const FIRST_CONTROL: u16 = 0x37f;
+/// Exceptions masked, rounding to the nearest.
+const FIRST_MXCSR: u32 = 0x1f80;
+
+/// An area of vectors without what means nothing: parts that are in their initial state are written
+/// out, which a processor may or may not do. `parts` are number, offset and size of the extended
+/// ones.
+pub fn plain_vectors(area: &[u32], parts: &[(u32, usize, usize)]) -> Vec<u8> {
+    let mut bytes: Vec<u8> = area.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let present = bytes
+        .get(LEGACY..LEGACY + 8)
+        .and_then(|word| word.try_into().ok())
+        .map_or(0, u64::from_le_bytes);
+    let is_there = |part: u32| present >> part & 1 != 0;
+    let mut put = |range: std::ops::Range<usize>, value: &[u8]| {
+        if let Some(place) = bytes.get_mut(range) {
+            place.fill(0);
+            let len = value.len().min(place.len());
+            place[..len].copy_from_slice(&value[..len]);
+        }
+    };
+    put(MXCSR_MASK, &[]);
+    put(416..LEGACY, &[]);
+    if !is_there(0) {
+        put(0..MXCSR.start, &FIRST_CONTROL.to_le_bytes());
+        put(MXCSR_MASK.end..XMM.start, &[]);
+    }
+    if !is_there(1) {
+        put(XMM, &[]);
+    }
+    if !is_there(1) && !is_there(2) {
+        put(MXCSR, &FIRST_MXCSR.to_le_bytes());
+    }
+    for (part, offset, size) in parts {
+        if !is_there(*part) {
+            put(*offset..offset + size, &[]);
+        }
+    }
+    put(LEGACY..LEGACY + 64, &[]);
+    bytes
 }
 
 /// Sets the registers that a guest program cannot, on top of what the processor began with.

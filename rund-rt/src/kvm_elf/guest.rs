@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use carlsbad_types::ByteSize;
 use kvm_bindings::kvm_regs;
+use nix::errno::Errno;
 
 use crate::backend::Status;
 
@@ -231,6 +232,12 @@ impl Guest {
             args: [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9],
         };
         self.windows.before(&call);
+        if call.number == libc::SYS_arch_prctl as u64 {
+            let answer = self.segment_base(call.args[0], call.args[1]);
+            self.machine.regs().rax =
+                answer.map_or_else(|why| -i64::from(why as i32), |()| 0) as u64;
+            return None;
+        }
         let outcome = loop {
             match self.kernel.call(&self.memory, call) {
                 Outcome::Interrupted if interrupt::is_over() => {
@@ -300,6 +307,26 @@ impl Guest {
             return self.deliver(regs, false);
         }
         None
+    }
+
+    /// `arch_prctl`: the bases of the segments fs and gs, of which fs holds a thread's data.
+    fn segment_base(&mut self, what: u64, address: u64) -> Result<(), Errno> {
+        // `arch/x86/include/uapi/asm/prctl.h`
+        const SET_GS: u64 = 0x1001;
+        const SET_FS: u64 = 0x1002;
+        const GET_FS: u64 = 0x1003;
+        const GET_GS: u64 = 0x1004;
+        let refused = |why: Refusal| why.why;
+        let mut sregs = self.machine.sregs().map_err(refused)?;
+        match what {
+            SET_FS | SET_GS if address >= SYSTEM_START => return Err(Errno::EPERM),
+            SET_FS => sregs.fs.base = address,
+            SET_GS => sregs.gs.base = address,
+            GET_FS => return Ok(self.memory.write(address, &sregs.fs.base.to_le_bytes())?),
+            GET_GS => return Ok(self.memory.write(address, &sregs.gs.base.to_le_bytes())?),
+            _ => return Err(Errno::EINVAL),
+        }
+        self.machine.set_sregs(&sregs).map_err(refused)
     }
 
     /// Takes the signals that came.
@@ -487,7 +514,7 @@ impl Guest {
         let (pointer, _) = stack::write(&self.memory, &self.image.plan, top, &beginning).map_err(
             |super::memory::Fault| Refusal {
                 what: "hold so many arguments",
-                why: nix::errno::Errno::E2BIG,
+                why: Errno::E2BIG,
             },
         )?;
         self.kernel.space.publish(&self.memory);

@@ -72,6 +72,16 @@ impl Host {
         })
     }
 
+    /// Number, offset and size of the extended parts of an area of vectors.
+    pub fn vector_parts(&self) -> Vec<(u32, usize, usize)> {
+        let parts = self.cpuid.as_slice().iter();
+        parts
+            .filter(|entry| entry.function == 0xd && (2..63).contains(&entry.index))
+            .filter(|entry| entry.eax != 0 && entry.ebx != 0)
+            .map(|entry| (entry.index, entry.ebx as usize, entry.eax as usize))
+            .collect()
+    }
+
     /// Feature bits of leaf 1, edx.
     pub fn features(&self) -> u32 {
         let leaf = self.cpuid.as_slice().iter().find(|e| e.function == 1);
@@ -368,7 +378,7 @@ impl Machine {
 
     fn set_vectors(&self, region: &[u32; XSAVE_WORDS]) -> Result<(), Refusal> {
         let xsave = kvm_xsave {
-            region: *region,
+            region: cpu::legacy_written_out(region),
             ..Default::default()
         };
         // SAFETY: the processor was given no more state than fits into this structure: XCR0 leaves

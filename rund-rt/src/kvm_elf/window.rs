@@ -120,8 +120,8 @@ impl Windows {
         );
         // A write to what is not a regular file changes none; that is most of them.
         let writes = [libc::SYS_write, libc::SYS_writev, libc::SYS_sendfile].contains(&number);
-        let harmless = writes && call.args[0] <= 2
-            || matches!(number, libc::SYS_open | libc::SYS_openat);
+        let harmless =
+            writes && call.args[0] <= 2 || matches!(number, libc::SYS_open | libc::SYS_openat);
         let one = matches!(number, libc::SYS_lseek | libc::SYS_close | libc::SYS_readv);
         for input in self.inputs.iter_mut().flatten() {
             let sent = number == libc::SYS_sendfile && input.fd == call.args[1];

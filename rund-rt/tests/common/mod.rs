@@ -78,10 +78,24 @@ pub fn shell(runtime: &Runtime, template: &Template, script: &str) -> Exit {
     run(runtime, template, CloneSpec::new().args(args))
 }
 
+/// A guest that was made elsewhere, where there is no compiler here.
+fn made_before(name: &str) -> Option<PathBuf> {
+    std::env::var_os("CARLSBAD_GUESTS").map(|dir| Path::new(&dir).join(name))
+}
+
+/// Whether this machine is emulated, so that it does a part of the work.
+pub fn is_slow() -> bool {
+    std::env::var_os("CARLSBAD_SLOW").is_some()
+}
+
 /// A static program made of a C file of `tests/guests`; none where there is no C compiler.
 pub fn c_program(dir: &Path, name: &str) -> Option<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/guests/{name}.c"));
     let program = dir.join(name);
+    if let Some(made) = made_before(name) {
+        fs::copy(made, &program).unwrap();
+        return Some(program);
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/guests/{name}.c"));
     let made = Command::new("cc")
         .args(["-static", "-O2", "-o"])
         .arg(&program)
@@ -93,8 +107,15 @@ pub fn c_program(dir: &Path, name: &str) -> Option<PathBuf> {
 /// A static program made of a Rust file of `tests/guests`: with musl where that target is there,
 /// else position-independent with glibc.
 pub fn rust_program(dir: &Path, name: &str, musl: bool) -> Option<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/guests/{name}.rs"));
     let program = dir.join(name);
+    if let Some(made) = made_before(name) {
+        if musl {
+            return None;
+        }
+        fs::copy(made, &program).unwrap();
+        return Some(program);
+    }
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/guests/{name}.rs"));
     let mut rustc = Command::new("rustc");
     rustc.args(["--edition", "2024", "-O", "-o"]).arg(&program);
     if musl {

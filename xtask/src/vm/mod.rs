@@ -5,19 +5,21 @@
 //! and what is measured here means nothing.
 
 mod directcxl;
+mod follow;
+mod rund_rt;
+mod system;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::mpsc::channel;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use carlsbad_kit::capability::{Capability, State, cache_dir};
 use serde::Deserialize;
 use tempfile::NamedTempFile;
 
+use self::follow::follow;
 use crate::shell;
 use crate::workspace::{Package, Workspace};
 
@@ -32,8 +34,6 @@ const TOOLS: [&str; 5] = [
     "/usr/bin/umount",
     "/usr/bin/env",
 ];
-/// What the last line of a machine's output begins with.
-const RESULT: &str = "CARLSBAD RESULT ";
 
 /// Arguments of `cargo xtask vm`.
 #[derive(Debug, clap::Args)]
@@ -41,8 +41,8 @@ pub(crate) struct Arguments {
     /// One of the ten; all that exist without it.
     #[arg(value_name = "CRATE")]
     name: Option<String>,
-    /// Only these test targets; of directcxl only these machines: pmem, switch, hosts,
-    /// program, poison.
+    /// Only these test targets; of directcxl only these machines: pmem, switch, hosts, program,
+    /// poison.
     #[arg(long = "test", value_name = "TARGET")]
     tests: Vec<String>,
     /// How long one machine may run.
@@ -59,9 +59,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     let workspace = Workspace::load()?;
     for package in workspace.chosen(arguments.name.as_deref())? {
-        if package.name == "directcxl" {
-            directcxl::run(package, &arguments.tests)?;
-            continue;
+        match package.name.as_str() {
+            "directcxl" => {
+                directcxl::run(package, &arguments.tests)?;
+                continue;
+            }
+            "rund-rt" => {
+                rund_rt::run(package, &arguments.tests)?;
+                continue;
+            }
+            _ => {}
         }
         let images = Images::get()?;
         let mut tests = package.vm_tests().to_vec();
@@ -171,15 +178,25 @@ fn unpack(cache: &Path, package: &str) -> Result<PathBuf> {
 
 /// Builds one test target; gives its binary.
 fn build(package: &Package, test: &str) -> Result<PathBuf> {
+    build_with_programs(package, test).map(|(binary, _)| binary)
+}
+
+/// Builds one test target; gives its binary, and the package's own programs.
+fn build_with_programs(package: &Package, test: &str) -> Result<(PathBuf, Vec<PathBuf>)> {
     build_target(package, &["test", "--no-run"], "--test", test)
 }
 
 /// Builds one example; gives its binary.
 fn build_example(package: &Package, example: &str) -> Result<PathBuf> {
-    build_target(package, &["build"], "--example", example)
+    build_target(package, &["build"], "--example", example).map(|(binary, _)| binary)
 }
 
-fn build_target(package: &Package, command: &[&str], kind: &str, name: &str) -> Result<PathBuf> {
+fn build_target(
+    package: &Package,
+    command: &[&str],
+    kind: &str,
+    name: &str,
+) -> Result<(PathBuf, Vec<PathBuf>)> {
     #[derive(Deserialize)]
     struct Built {
         executable: Option<PathBuf>,
@@ -188,6 +205,7 @@ fn build_target(package: &Package, command: &[&str], kind: &str, name: &str) -> 
     #[derive(Deserialize)]
     struct Target {
         name: String,
+        kind: Vec<String>,
     }
     let messages = shell::output(
         shell::cargo()
@@ -197,17 +215,22 @@ fn build_target(package: &Package, command: &[&str], kind: &str, name: &str) -> 
             .args([kind, name])
             .stderr(Stdio::inherit()),
     )?;
-    messages
+    let (mut binary, mut programs) = (None, Vec::new());
+    for built in messages
         .lines()
         .filter_map(|line| serde_json::from_str::<Built>(line).ok())
-        .filter(|built| {
-            built
-                .target
-                .as_ref()
-                .is_some_and(|target| target.name == name)
-        })
-        .find_map(|built| built.executable)
-        .with_context(|| format!("cargo built no {name}"))
+    {
+        let (Some(executable), Some(target)) = (built.executable, built.target) else {
+            continue;
+        };
+        if target.kind.iter().any(|kind| kind == "bin") {
+            programs.push(executable);
+        } else if target.name == name {
+            binary = Some(executable);
+        }
+    }
+    let binary = binary.with_context(|| format!("cargo built no {name}"))?;
+    Ok((binary, programs))
 }
 
 /// Puts a program into `root` as `name`, with the libraries it is linked with.
@@ -258,36 +281,7 @@ fn boot(kernel: &Path, initramfs: &Path, arguments: &Arguments) -> Result<()> {
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start QEMU")?;
-    let (sender, lines) = channel();
-    let output = qemu.stdout.take();
-    // Reads until the machine is off, and is joined there.
-    let reader = std::thread::spawn(move || {
-        for line in output
-            .into_iter()
-            .flat_map(|out| BufReader::new(out).lines())
-        {
-            if line.is_ok_and(|line| sender.send(line).is_err()) {
-                return;
-            }
-        }
-    });
-    let deadline = Instant::now() + Duration::from_secs(arguments.timeout);
-    let mut result = None;
-    while let Ok(line) = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-        println!("    {}", line.trim_end());
-        if let Some((_, status)) = line.split_once(RESULT) {
-            result = Some(status.trim().to_owned());
-        }
-    }
-    // It is off, or it is late.
-    let _already_off = qemu.kill();
-    qemu.wait()?;
-    let _panicked = reader.join();
-    match result.as_deref() {
-        Some("0") => Ok(()),
-        Some(status) => bail!("the tests ended with status {status}"),
-        None => bail!("the machine said no result within {} s", arguments.timeout),
-    }
+    follow(&mut qemu, Duration::from_secs(arguments.timeout), |_| {})
 }
 
 fn make_executable(path: &Path) -> Result<()> {
