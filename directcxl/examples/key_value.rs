@@ -1,17 +1,21 @@
 //! A key-value store in one namespace, used by several processes, any of which may be killed.
 //!
-//! `cargo run --release -p directcxl --example key_value`: four processes count words into one table
-//! while a fifth is killed over and over; in the end every count is right.
+//! `cargo run --release -p directcxl --example key_value [PLACE [ROUNDS]]`: four processes count words
+//! into one table while a fifth is killed over and over; in the end every count is right. PLACE is a
+//! new file on tmpfs, hugetlbfs or any file system, or a device such as `/dev/dax0.0`.
 
 #![allow(clippy::print_stdout, reason = "what it prints is what it is for")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use carlsbad_types::ByteSize;
 use directcxl::heap::{Heap, HeapOptions, Place};
-use directcxl::{Epoch, FileHdm, FormatOptions, Namespace, NamespaceOptions, Pool, Result, Role};
+use directcxl::{
+    Backend, DevDax, Epoch, FileHdm, FormatOptions, Namespace, NamespaceOptions, Pool, Result, Role,
+};
 
 /// Chains of the table; each begins at a word of one block.
 const BUCKETS: u64 = 1024;
@@ -20,7 +24,10 @@ const NEXT: u64 = 0;
 const COUNT: u64 = 8;
 const LENGTH: u64 = 16;
 const KEY: u64 = 24;
+/// How often each process counts each word, where the command line does not say.
 const ROUNDS: usize = 2000;
+/// What the command line of a worker begins with.
+const WORKER: &str = "--worker";
 const WORDS: [&str; 6] = [
     "direct",
     "access",
@@ -116,25 +123,64 @@ impl Table {
 }
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    if let Some(path) = std::env::args_os().nth(1) {
-        return Ok(work(Path::new(&path))?);
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let worker = arguments.first().is_some_and(|first| first == WORKER);
+    if worker {
+        arguments.remove(0);
     }
-    let path = PathBuf::from(format!("/dev/shm/directcxl-example-{}", std::process::id()));
-    let outcome = run(&path);
-    std::fs::remove_file(&path)?;
+    let place = arguments.first().map_or_else(
+        || PathBuf::from(format!("/dev/shm/directcxl-example-{}", std::process::id())),
+        PathBuf::from,
+    );
+    let rounds = arguments
+        .get(1)
+        .map_or(Ok(ROUNDS), |rounds| rounds.parse())?;
+    if worker {
+        return Ok(work(&place, rounds)?);
+    }
+    let pool = if is_device(&place) {
+        Pool::format(DevDax::open(&place)?, FormatOptions::default())?
+    } else {
+        let file = FileHdm::create(&place, ByteSize::mib(32))?;
+        Pool::format(file, FormatOptions::default())?
+    };
+    let outcome = run(&pool, &place, rounds);
+    if !is_device(&place) {
+        std::fs::remove_file(&place)?;
+    }
     outcome
 }
 
-fn run(path: &Path) -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let file = FileHdm::create(path, ByteSize::mib(32))?;
-    let pool = Pool::format(file, FormatOptions::default())?;
+fn is_device(place: &Path) -> bool {
+    place.starts_with("/dev") && !place.starts_with("/dev/shm")
+}
+
+/// The memory, opened by another process.
+fn open(place: &Path) -> Result<Arc<dyn Backend>> {
+    Ok(if is_device(place) {
+        Arc::new(DevDax::open(place)?)
+    } else {
+        Arc::new(FileHdm::open(place)?)
+    })
+}
+
+fn run(
+    pool: &Pool,
+    place: &Path,
+    rounds: usize,
+) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let memory = pool.create("table", ByteSize::mib(8), NamespaceOptions::default())?;
     let heap = Heap::format(&memory, HeapOptions::default())?;
     let buckets: Place = heap.allocate_into(ByteSize::new(8 * BUCKETS), heap.root(0)?)?;
     memory.write(buckets.0, &[0; 8 * BUCKETS as usize])?;
 
-    let start =
-        || -> std::io::Result<Child> { Command::new(std::env::current_exe()?).arg(path).spawn() };
+    let start = || -> std::io::Result<Child> {
+        Command::new(std::env::current_exe()?)
+            .arg(WORKER)
+            .arg(place)
+            .arg(rounds.to_string())
+            .spawn()
+    };
     let mut workers = Vec::new();
     for _ in 0..4 {
         workers.push(start()?);
@@ -152,7 +198,7 @@ fn run(path: &Path) -> std::result::Result<(), Box<dyn std::error::Error>> {
             return Err("a worker failed".into());
         }
     }
-    let table = Table::open(&pool)?;
+    let table = Table::open(pool)?;
     let stats = heap.check()?;
     println!(
         "{kills} processes killed; {} blocks in use, heap whole",
@@ -161,7 +207,7 @@ fn run(path: &Path) -> std::result::Result<(), Box<dyn std::error::Error>> {
     for word in WORDS {
         let count = table.get(word)?;
         // Each of the four counted every word so often; the killed ones added what they got to.
-        if count < 4 * ROUNDS as u64 {
+        if count < 4 * rounds as u64 {
             return Err(format!("{word} was counted {count} times only").into());
         }
         println!("{word:16} {count}");
@@ -169,10 +215,10 @@ fn run(path: &Path) -> std::result::Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn work(path: &Path) -> Result<()> {
-    let pool = Pool::open(FileHdm::open(path)?, Role::Writer(Epoch::CURRENT))?;
+fn work(place: &Path, rounds: usize) -> Result<()> {
+    let pool = Pool::open_shared(open(place)?, Role::Writer(Epoch::CURRENT))?;
     let table = Table::open(&pool)?;
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         for word in WORDS {
             table.count(word)?;
         }

@@ -93,6 +93,13 @@ pub enum Error {
         hosts: u16,
     },
 
+    /// A host may not be declared dead by itself.
+    #[error("{host} is this host, and alive: evict it from another one")]
+    OwnHost {
+        /// The host.
+        host: HostId,
+    },
+
     /// A writer with a later epoch has taken over. Whether the last change was taken over as well is
     /// not known: look it up.
     #[error(

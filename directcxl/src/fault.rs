@@ -35,8 +35,8 @@ pub(crate) unsafe fn copy(
     let (code, address) = guarded::copy(to, from, length);
     match code {
         0 => Ok(()),
-        // BUS_MCEERR_AR and BUS_MCEERR_AO (sigaction(2)).
-        4 | 5 => Err(Fault::Poison { address }),
+        // BUS_MCEERR_AR (sigaction(2)).
+        4 => Err(Fault::Poison { address }),
         _ => Err(Fault::Gone { address }),
     }
 }
@@ -75,6 +75,7 @@ mod guarded {
     use std::arch::{asm, global_asm};
     use std::cell::UnsafeCell;
     use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::ptr;
 
@@ -119,6 +120,9 @@ mod guarded {
         ".popsection",
     );
 
+    /// The code of memory that is bad, and that nobody touched (sigaction(2)).
+    const BUS_MCEERR_AO: libc::c_int = 5;
+
     unsafe extern "C" {
         // Symbols of the routine above: only their addresses are used.
         static directcxl_copy: u8;
@@ -146,12 +150,17 @@ mod guarded {
         (code, address)
     }
 
-    /// The handler that was there before ours.
-    struct Previous(UnsafeCell<libc::sigaction>);
+    struct Action(UnsafeCell<libc::sigaction>);
     // SAFETY: written once, before the handler that reads it is installed.
-    unsafe impl Sync for Previous {}
+    unsafe impl Sync for Action {}
+    /// The handler that was there before ours.
     // SAFETY: all zeroes is a value of this type.
-    static PREVIOUS: Previous = Previous(UnsafeCell::new(unsafe { std::mem::zeroed() }));
+    static PREVIOUS: Action = Action(UnsafeCell::new(unsafe { std::mem::zeroed() }));
+    /// Ours.
+    // SAFETY: all zeroes is a value of this type.
+    static OURS: Action = Action(UnsafeCell::new(unsafe { std::mem::zeroed() }));
+    /// Whether the one before ours has put the default in its place.
+    static TOOK_ITSELF_AWAY: AtomicBool = AtomicBool::new(false);
 
     pub(super) fn install() -> Result<(), i32> {
         static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
@@ -170,12 +179,38 @@ mod guarded {
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             // SAFETY: `action` is a value of this type.
             unsafe { libc::sigemptyset(&raw mut action.sa_mask) };
+            // SAFETY: written once, before the handler that reads it is installed.
+            unsafe { OURS.0.get().write(action) };
             // SAFETY: the handler does only what a signal handler may do.
-            if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) } != 0 {
+            if unsafe { libc::sigaction(libc::SIGBUS, OURS.0.get(), ptr::null_mut()) } != 0 {
                 return failed();
             }
             Ok(())
         })
+    }
+
+    /// Calls the handler that was there before. One that takes itself away, as Rust's own does, has
+    /// the faulting instruction raise the signal again; where there is none, ours is put back, and
+    /// what was there before is the default from then on.
+    fn chain(signal: libc::c_int, sent: bool, call: impl FnOnce()) {
+        call();
+        if !sent {
+            return;
+        }
+        // SAFETY: all zeroes is a value of this type.
+        let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+        // SAFETY: `sigaction` may be called in a handler (signal-safety(7)).
+        unsafe { libc::sigaction(signal, ptr::null(), &raw mut now) };
+        if now.sa_sigaction == libc::SIG_DFL {
+            TOOK_ITSELF_AWAY.store(true, Ordering::Relaxed);
+            // SAFETY: as above, and it was written before this handler was installed.
+            unsafe { libc::sigaction(signal, OURS.0.get(), ptr::null_mut()) };
+        }
+    }
+
+    /// Whether no instruction raised the signal: codes up to 0 are of processes (sigaction(2)).
+    const fn is_sent(code: libc::c_int) -> bool {
+        code <= 0 || code == BUS_MCEERR_AO
     }
 
     extern "C" fn handle(
@@ -188,35 +223,52 @@ mod guarded {
         let registers = unsafe { &mut (*registers).uc_mcontext.gregs };
         let at = registers[libc::REG_RIP as usize] as usize;
         let routine = (&raw const directcxl_copy).addr()..(&raw const directcxl_copy_end).addr();
-        if routine.contains(&at) {
-            // SAFETY: the kernel passes an information to a handler with SA_SIGINFO.
+        // SAFETY: the kernel passes an information to a handler with SA_SIGINFO.
+        let code = unsafe { (*info).si_code };
+        // A signal that another process sent while a copy ran is not the copy's.
+        if routine.contains(&at) && !is_sent(code) {
+            // SAFETY: as above.
             let info = unsafe { &*info };
-            registers[libc::REG_RAX as usize] = i64::from(info.si_code);
+            registers[libc::REG_RAX as usize] = i64::from(code);
             // SAFETY: a SIGBUS that an instruction raised has an address.
             registers[libc::REG_RDX as usize] = unsafe { info.si_addr() }.addr() as i64;
             registers[libc::REG_RIP as usize] = (&raw const directcxl_copy_out).addr() as i64;
             return;
         }
+        let sent = is_sent(code);
         // SAFETY: it was written before this handler was installed, and is not written again.
         let previous = unsafe { &*PREVIOUS.0.get() };
-        match previous.sa_sigaction {
+        let action = if TOOK_ITSELF_AWAY.load(Ordering::Relaxed) {
+            libc::SIG_DFL
+        } else {
+            previous.sa_sigaction
+        };
+        match action {
+            libc::SIG_IGN if sent => {}
+            // To act on it is optional: whoever touches that memory is told then.
+            libc::SIG_DFL if code == BUS_MCEERR_AO => {}
             libc::SIG_DFL | libc::SIG_IGN => {
                 // The instruction runs again, and the kernel does what it does without a handler.
                 // SAFETY: all zeroes is a value of this type, and the default action.
                 let default: libc::sigaction = unsafe { std::mem::zeroed() };
                 // SAFETY: `sigaction` may be called in a handler (signal-safety(7)).
                 unsafe { libc::sigaction(signal, &raw const default, ptr::null_mut()) };
+                if sent {
+                    // No instruction would raise it again. Blocked here, it comes on return.
+                    // SAFETY: `raise` may be called in a handler (signal-safety(7)).
+                    unsafe { libc::raise(signal) };
+                }
             }
             function if previous.sa_flags & libc::SA_SIGINFO != 0 => {
                 type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
                 // SAFETY: SA_SIGINFO says that the handler has this type.
                 let function: Handler = unsafe { std::mem::transmute(function) };
-                function(signal, info, context);
+                chain(signal, sent, || function(signal, info, context));
             }
             function => {
                 // SAFETY: without SA_SIGINFO a handler has this type.
                 let function: extern "C" fn(libc::c_int) = unsafe { std::mem::transmute(function) };
-                function(signal);
+                chain(signal, sent, || function(signal));
             }
         }
     }

@@ -325,7 +325,10 @@ impl Pool {
     /// Where the pool has no such host, or it is this one.
     pub fn evict(&self, host: HostId) -> Result<()> {
         let superblock = &self.shared.log.superblock;
-        if host.0 >= superblock.hosts || host == self.shared.host {
+        if host == self.shared.host {
+            return Err(Error::OwnHost { host });
+        }
+        if host.0 >= superblock.hosts {
             return Err(Error::BadHost {
                 host,
                 hosts: superblock.hosts,

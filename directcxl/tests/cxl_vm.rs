@@ -4,6 +4,7 @@
 #![allow(
     clippy::panic,
     clippy::print_stderr,
+    clippy::print_stdout,
     clippy::unwrap_used,
     reason = "a test says what went wrong by failing"
 )]
@@ -288,4 +289,108 @@ fn host_one_reads_and_takes_over() {
             .unwrap(),
     );
     assert!(writer.check().is_ok(), "{:?}", writer.check());
+}
+
+/// What `examples/key_value.rs` is called there.
+const PROGRAM: &str = "/usr/bin/key_value";
+/// Of each word: emulated memory of a device takes a microsecond a load.
+const ROUNDS: &str = "20";
+
+#[test]
+fn one_program_uses_a_file_and_huge_pages_and_a_device() {
+    if !is_for("one_program_uses_a_file_and_huge_pages_and_a_device") {
+        return;
+    }
+    std::fs::write("/proc/sys/vm/nr_hugepages", "24").unwrap();
+    std::fs::create_dir_all("/run/huge").unwrap();
+    nix::mount::mount(
+        Some("none"),
+        "/run/huge",
+        Some("hugetlbfs"),
+        nix::mount::MsFlags::empty(),
+        Some("pagesize=2M"),
+    )
+    .unwrap();
+    let device = make_region(Mode::Volatile, 1).device.unwrap();
+    for place in [Path::new("/tmp/pool"), Path::new("/run/huge/pool"), &device] {
+        let ran = Command::new(PROGRAM)
+            .arg(place)
+            .arg(ROUNDS)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ran.stdout);
+        assert!(ran.status.success(), "{}: {ran:?}", place.display());
+        assert!(said.contains("heap whole"), "{}: {said}", place.display());
+        println!("{}: {said}", place.display());
+    }
+    // It was this device that the program used.
+    let pool = Pool::open(DevDax::open(&device).unwrap(), Role::Reader).unwrap();
+    assert_eq!(pool.list().unwrap().len(), 1);
+    assert!(pool.check().is_ok(), "{:?}", pool.check());
+}
+
+const PAGE: u64 = 4096;
+
+/// Who says that a page is broken gets a signal for it, so that it is another process.
+#[test]
+#[ignore = "a role of `a_poisoned_page_is_an_error_and_its_neighbours_are_read`"]
+fn role_poison() {
+    let Some(at) = child::arguments::<u64>("role_poison") else {
+        return;
+    };
+    let file = directcxl::FileHdm::open(POISONED).unwrap();
+    let pool = Pool::open(file, Role::Writer(Epoch::CURRENT)).unwrap();
+    let a = pool.attach("a").unwrap();
+    let page = a.as_ptr().as_ptr().wrapping_add(at as usize);
+    // SAFETY: one page of a mapping that lives.
+    let told = unsafe { libc::madvise(page.cast(), PAGE as usize, libc::MADV_HWPOISON) };
+    assert_eq!(told, 0, "{}", std::io::Error::last_os_error());
+}
+
+const POISONED: &str = "/dev/shm/pool";
+
+/// The kernel takes a page for broken when it is told to, and answers as it does for a real one.
+#[test]
+fn a_poisoned_page_is_an_error_and_its_neighbours_are_read() {
+    if !is_for("a_poisoned_page_is_an_error_and_its_neighbours_are_read") {
+        return;
+    }
+    let file = directcxl::FileHdm::create(POISONED, ByteSize::mib(16)).unwrap();
+    let pool = Pool::format(file, FormatOptions::default()).unwrap();
+    let a = pool.create("a", SIZE, NamespaceOptions::default()).unwrap();
+    fill(&a, 1);
+    let mut bytes = [0; 64];
+    // With the second setting whoever has it mapped is told at once (BUS_MCEERR_AO): Rust's own
+    // handler, to which that signal goes on, may not take ours away.
+    for (early, bad) in [("0", 5 * PAGE), ("1", 9 * PAGE)] {
+        std::fs::write("/proc/sys/vm/memory_failure_early_kill", early).unwrap();
+        let mut other = child::Role::test("role_poison").start(&bad).unwrap();
+        other.wait().unwrap();
+        let at = a.handle().offset + bad;
+        for _ in 0..3 {
+            let read = a.read(bad, &mut bytes);
+            assert!(
+                matches!(read, Err(Error::Poisoned { offset, .. }) if offset / PAGE == at / PAGE),
+                "{read:?}"
+            );
+            let written = a.write(bad + 64, &bytes);
+            assert!(
+                matches!(written, Err(Error::Poisoned { .. })),
+                "{written:?}"
+            );
+        }
+        // A copy that comes to it in its middle.
+        let mut longer = vec![0; 2 * PAGE as usize];
+        let read = a.read(bad - PAGE, &mut longer);
+        assert!(matches!(read, Err(Error::Poisoned { .. })), "{read:?}");
+        for near in [bad - 64, bad + PAGE] {
+            a.read(near, &mut bytes).unwrap();
+            for (byte, at) in bytes.iter().zip(near..) {
+                assert_eq!(*byte, byte_at(1, at));
+            }
+        }
+    }
+    // The pool goes on.
+    pool.create("b", SIZE, NamespaceOptions::default()).unwrap();
+    assert!(pool.check().is_ok(), "{:?}", pool.check());
 }

@@ -106,6 +106,33 @@ fn a_damaged_copy_is_shown_and_mended() {
 }
 
 #[test]
+fn a_message_says_its_reason_once() {
+    let shell = Shell::new();
+    let failed = shell.run(3, "list POOL");
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert_eq!(said.matches("No such file").count(), 1, "{said}");
+}
+
+#[test]
+fn a_host_that_evicts_itself_is_told_that_it_is_alive() {
+    let shell = Shell::new();
+    shell.run(0, "format POOL --size 64M --hosts 2");
+    let failed = shell.run(4, "evict POOL 0");
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(said.contains("is this host"), "{said}");
+    shell.run(1, "evict POOL 2");
+    shell.run(0, "evict POOL 1");
+}
+
+#[test]
+fn a_file_that_is_too_small_for_a_pool_is_not_left_behind() {
+    let shell = Shell::new();
+    shell.run(1, "format POOL --size 2M");
+    assert!(!shell.pool().exists());
+    shell.run(0, "format POOL --size 64M");
+}
+
+#[test]
 fn a_machine_without_cxl_is_told_what_it_can_do() {
     let shell = Shell::new();
     let empty = shell.dir.path().display().to_string();

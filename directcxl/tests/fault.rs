@@ -85,6 +85,83 @@ fn any_other_bus_error_is_what_it_was() {
 }
 
 #[test]
+#[ignore = "a role of `a_bus_error_that_a_process_sent_is_no_fault_of_a_copy`"]
+fn role_sent() {
+    let Some((path, ignored)) = child::arguments::<(std::path::PathBuf, bool)>("role_sent") else {
+        return;
+    };
+    // What was there before is not Rust's own handler, which forgets the first such signal.
+    let before = if ignored {
+        nix::sys::signal::SigHandler::SigIgn
+    } else {
+        nix::sys::signal::SigHandler::SigDfl
+    };
+    // SAFETY: neither is a function.
+    unsafe { nix::sys::signal::signal(nix::sys::signal::SIGBUS, before) }.unwrap();
+    let pool = Pool::open(FileHdm::open(&path).unwrap(), Role::Reader).unwrap();
+    let a = pool.attach("a").unwrap();
+    nix::sys::signal::raise(nix::sys::signal::SIGBUS).unwrap();
+    child::tell("survived");
+    OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    assert!(matches!(a.read(0, &mut [0]), Err(Error::Removed { .. })));
+    child::tell("answered");
+}
+
+/// The handler took itself away, and the signal was lost.
+#[test]
+fn a_bus_error_that_a_process_sent_is_no_fault_of_a_copy() {
+    for ignored in [false, true] {
+        let (pool, dir) = file_pool(4);
+        drop(pool.create("a", MIB2, NamespaceOptions::default()).unwrap());
+        drop(pool);
+        let mut role = ChildRole::test("role_sent")
+            .start(&(dir.path().join("pool"), ignored))
+            .unwrap();
+        assert_eq!(role.hear("survived").is_ok(), ignored);
+        assert_eq!(role.hear("answered").is_ok(), ignored);
+        let signal = role.wait().unwrap().signal();
+        assert_eq!(signal, (!ignored).then_some(libc::SIGBUS));
+    }
+}
+
+#[test]
+#[ignore = "a role of `beside_rusts_own_handler_a_sent_bus_error_leaves_the_guard_in_place`"]
+fn role_sent_beside_rust() {
+    let Some(path) = child::arguments::<std::path::PathBuf>("role_sent_beside_rust") else {
+        return;
+    };
+    let pool = Pool::open(FileHdm::open(&path).unwrap(), Role::Reader).unwrap();
+    let a = pool.attach("a").unwrap();
+    // Rust's handler forgets the first one, and puts the default in its place.
+    nix::sys::signal::raise(nix::sys::signal::SIGBUS).unwrap();
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(4096).unwrap();
+    assert!(matches!(a.read(0, &mut [0]), Err(Error::Removed { .. })));
+    child::tell("answered");
+    nix::sys::signal::raise(nix::sys::signal::SIGBUS).unwrap();
+    child::tell("survived");
+}
+
+/// Rust's handler took ours away with itself.
+#[test]
+fn beside_rusts_own_handler_a_sent_bus_error_leaves_the_guard_in_place() {
+    let (pool, dir) = file_pool(4);
+    drop(pool.create("a", MIB2, NamespaceOptions::default()).unwrap());
+    drop(pool);
+    let mut role = ChildRole::test("role_sent_beside_rust")
+        .start(&dir.path().join("pool"))
+        .unwrap();
+    role.hear("answered").unwrap();
+    assert!(role.hear("survived").is_err());
+    assert_eq!(role.wait().unwrap().signal(), Some(libc::SIGBUS));
+}
+
+#[test]
 #[ignore = "a role of `a_stack_overflow_is_still_reported_by_rust`"]
 fn role_overflow() {
     let Some(path) = child::arguments::<std::path::PathBuf>("role_overflow") else {

@@ -230,7 +230,7 @@ fn impossible_requests_are_refused_with_what_to_do() {
         pool.resize("ü", ByteSize::ZERO),
         Err(Error::ZeroLength { .. })
     ));
-    assert!(matches!(pool.evict(HostId(0)), Err(Error::BadHost { .. })));
+    assert!(matches!(pool.evict(HostId(0)), Err(Error::OwnHost { .. })));
 
     let namespace = pool.attach("ü").unwrap();
     let end = namespace.length().get();

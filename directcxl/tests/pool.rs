@@ -175,7 +175,7 @@ fn a_host_takes_over_and_keeps_what_was_there() {
     assert_eq!(one.info().unwrap().quarantined, MIB2);
     assert!(matches!(
         one.evict(directcxl::HostId(1)),
-        Err(Error::BadHost { .. })
+        Err(Error::OwnHost { .. })
     ));
     one.evict(directcxl::HostId(0)).unwrap();
     // On one machine the kernel still knows that the process is attached.

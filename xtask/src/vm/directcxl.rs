@@ -15,11 +15,13 @@ use tempfile::NamedTempFile;
 
 use super::follow::follow;
 use super::system::System;
-use super::{archive, build, copy_with_libraries, make_executable};
+use super::{archive, build, build_example, copy_with_libraries, make_executable};
 use crate::workspace::Package;
 
 /// The test target that has a test for each machine.
 const TARGET: &str = "cxl_vm";
+/// The example that a test runs on whatever memory there is.
+const PROGRAM: &str = "key_value";
 /// The package that depends on the newest kernel with all drivers.
 const KERNEL: &str = "linux-image-amd64";
 const NEWER_KERNEL: &str = "linux-image-cloud-amd64";
@@ -46,7 +48,7 @@ const UNPLUG: &str = "@carlsbad unplug";
 
 /// Runs every machine; with `only`, those whose name contains it.
 pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
-    let binary = build(package, TARGET)?;
+    let programs = [build(package, TARGET)?, build_example(package, PROGRAM)?];
     let wanted = |name: &str| only.is_empty() || only.iter().any(|only| name.contains(only));
     let files = tempfile::Builder::new().prefix("carlsbad-cxl-").tempdir()?;
     if wanted("pmem") {
@@ -56,7 +58,7 @@ pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
             "persistent_memory_becomes_a_pool",
             "persistent_memory_is_a_pool_after_a_restart",
         ] {
-            let mut machine = boot(&system, &binary, test, &pmem(&disks), None)?;
+            let mut machine = boot(&system, &programs, test, &pmem(&disks), None)?;
             machine.finish()?;
         }
     }
@@ -64,7 +66,7 @@ pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
         let system = System::backports(NEWER_KERNEL)?;
         let test = "two_devices_behind_a_switch_interleave_and_one_is_unplugged";
         let control = files.path().join("control");
-        let mut machine = boot(&system, &binary, test, &switch(), Some(&control))?;
+        let mut machine = boot(&system, &programs, test, &switch(), Some(&control))?;
         machine.finish()?;
     }
     if wanted("hosts") {
@@ -75,10 +77,26 @@ pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
             "host_zero_writes_and_follows",
             "host_one_reads_and_takes_over",
         ] {
-            hosts.push(boot(&system, &binary, test, &volatile(&shared), None)?);
+            hosts.push(boot(&system, &programs, test, &volatile(&shared), None)?);
         }
         for mut host in hosts {
             host.finish()?;
+        }
+    }
+    for (name, test) in [
+        (
+            "program",
+            "one_program_uses_a_file_and_huge_pages_and_a_device",
+        ),
+        (
+            "poison",
+            "a_poisoned_page_is_an_error_and_its_neighbours_are_read",
+        ),
+    ] {
+        if wanted(name) {
+            let system = System::backports(NEWER_KERNEL)?;
+            let memory = files.path().join(name);
+            boot(&system, &programs, test, &volatile(&memory), None)?.finish()?;
         }
     }
     Ok(())
@@ -127,12 +145,12 @@ fn volatile(shared: &Path) -> Vec<String> {
 /// Starts a machine that runs one test.
 fn boot(
     system: &System,
-    binary: &Path,
+    programs: &[PathBuf; 2],
     test: &'static str,
     devices: &[String],
     control: Option<&Path>,
 ) -> Result<Machine> {
-    let initramfs = pack(system, binary)?;
+    let initramfs = pack(system, programs)?;
     let mut qemu = Command::new(system.qemu.get_program());
     qemu.args(system.qemu.get_args())
         .args(["-M", WINDOW, "-accel", "tcg,thread=multi"])
@@ -170,7 +188,7 @@ fn boot(
     })
 }
 
-fn pack(system: &System, binary: &Path) -> Result<NamedTempFile> {
+fn pack(system: &System, [binary, program]: &[PathBuf; 2]) -> Result<NamedTempFile> {
     let directory = tempfile::Builder::new().prefix("carlsbad-vm-").tempdir()?;
     let root = directory.path();
     for name in [
@@ -180,6 +198,7 @@ fn pack(system: &System, binary: &Path) -> Result<NamedTempFile> {
     }
     fs::copy(&system.busybox, root.join("bin/busybox"))?;
     copy_with_libraries(binary, "/test", root)?;
+    copy_with_libraries(program, &format!("/usr/bin/{PROGRAM}"), root)?;
     copy_with_libraries(Path::new("/usr/bin/ndctl"), "/usr/bin/ndctl", root)
         .context("apt install ndctl")?;
     system.pack_modules(root, &MODULES)?;

@@ -41,7 +41,8 @@ pub(crate) struct Arguments {
     /// One of the ten; all that exist without it.
     #[arg(value_name = "CRATE")]
     name: Option<String>,
-    /// Only these test targets; of directcxl only these machines: pmem, switch, hosts.
+    /// Only these test targets; of directcxl only these machines: pmem, switch, hosts, program,
+    /// poison.
     #[arg(long = "test", value_name = "TARGET")]
     tests: Vec<String>,
     /// How long one machine may run.
@@ -182,6 +183,20 @@ fn build(package: &Package, test: &str) -> Result<PathBuf> {
 
 /// Builds one test target; gives its binary, and the package's own programs.
 fn build_with_programs(package: &Package, test: &str) -> Result<(PathBuf, Vec<PathBuf>)> {
+    build_target(package, &["test", "--no-run"], "--test", test)
+}
+
+/// Builds one example; gives its binary.
+fn build_example(package: &Package, example: &str) -> Result<PathBuf> {
+    build_target(package, &["build"], "--example", example).map(|(binary, _)| binary)
+}
+
+fn build_target(
+    package: &Package,
+    command: &[&str],
+    kind: &str,
+    name: &str,
+) -> Result<(PathBuf, Vec<PathBuf>)> {
     #[derive(Deserialize)]
     struct Built {
         executable: Option<PathBuf>,
@@ -194,9 +209,10 @@ fn build_with_programs(package: &Package, test: &str) -> Result<(PathBuf, Vec<Pa
     }
     let messages = shell::output(
         shell::cargo()
-            .args(["test", "--no-run", "--message-format", "json"])
+            .args(command)
+            .args(["--message-format", "json"])
             .args(package.cargo_arguments())
-            .args(["--test", test])
+            .args([kind, name])
             .stderr(Stdio::inherit()),
     )?;
     let (mut binary, mut programs) = (None, Vec::new());
@@ -209,11 +225,11 @@ fn build_with_programs(package: &Package, test: &str) -> Result<(PathBuf, Vec<Pa
         };
         if target.kind.iter().any(|kind| kind == "bin") {
             programs.push(executable);
-        } else if target.name == test {
+        } else if target.name == name {
             binary = Some(executable);
         }
     }
-    let binary = binary.with_context(|| format!("cargo built no {test}"))?;
+    let binary = binary.with_context(|| format!("cargo built no {name}"))?;
     Ok((binary, programs))
 }
 

@@ -29,7 +29,11 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             let code = exit_code(&error);
-            let text = format!("{error:#}");
+            let text = match error.downcast_ref::<Error>() {
+                // Its message has its source in it already.
+                Some(ours) => ours.to_string(),
+                None => format!("{error:#}"),
+            };
             if options.global.json {
                 output::json_error(&text, kind(code));
             } else {
@@ -88,7 +92,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             | Error::NotWriter { .. }
             | Error::ReadOnly { .. }
             | Error::Live { .. }
-            | Error::Foreign { .. },
+            | Error::Foreign { .. }
+            | Error::OwnHost { .. },
         ) => 4,
         Some(Error::NoRoom { .. } | Error::LogFull { .. } | Error::NoHugePages { .. }) => 5,
         Some(Error::Removed { .. } | Error::Busy { .. } | Error::Topology { .. }) => 6,
