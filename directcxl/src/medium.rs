@@ -1,6 +1,7 @@
 //! Mapped memory of a backend: what every byte of a pool goes through.
 
 use std::fmt;
+use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
@@ -89,6 +90,24 @@ pub struct Memory {
     backend: Arc<dyn Backend>,
 }
 
+/// Has the kernel map every page. `MAP_POPULATE` would do so as well, but keeps to itself where it
+/// could not. Says whether the kernel knows how: since Linux 5.14.
+fn fill_in(map: &MmapRaw) -> io::Result<bool> {
+    let start = map.as_mut_ptr().cast();
+    loop {
+        // SAFETY: the range is that of a live mapping, whose content this does not change.
+        if unsafe { libc::madvise(start, map.len(), libc::MADV_POPULATE_READ) } == 0 {
+            return Ok(true);
+        }
+        let why = io::Error::last_os_error();
+        match why.raw_os_error() {
+            Some(libc::EINVAL) => return Ok(false),
+            Some(libc::EINTR | libc::EAGAIN) => {}
+            _ => return Err(why),
+        }
+    }
+}
+
 impl Memory {
     /// Maps `range` of a descriptor. With `populate` every page is there when this returns.
     ///
@@ -125,9 +144,6 @@ impl Memory {
         options
             .offset(range.start)
             .len(usize::try_from(length).map_err(too_long)?);
-        if populate {
-            options.populate();
-        }
         let map = match access {
             Access::Read => options.map_raw_read_only(&fd),
             Access::Write => options.map_raw(&fd),
@@ -135,7 +151,7 @@ impl Memory {
         let map = map.map_err(|why| backend.map_error(length, why))?;
         let persistent = geometry.persistence == Persistence::Power;
         let software = geometry.coherence == Coherence::Software;
-        Ok(Self {
+        let memory = Self {
             map,
             access,
             offset: range.start,
@@ -143,7 +159,28 @@ impl Memory {
             invalidate: software,
             sync: geometry.persistence == Persistence::Synced,
             backend,
-        })
+        };
+        if populate {
+            memory.populate()?;
+        }
+        Ok(memory)
+    }
+
+    fn populate(&self) -> Result<()> {
+        match fill_in(&self.map) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            // For want of memory, or for poison: a touch says which, and where.
+            Err(why) if matches!(why.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON)) => {}
+            Err(why) => return Err(Error::io("map every page of", self.backend.place())(why)),
+        }
+        let step = self.backend.geometry().alignment.get().max(1);
+        let mut at = 0;
+        while at < self.length() {
+            self.load(at, &mut [0])?;
+            at += step;
+        }
+        Ok(())
     }
 
     fn at(&self, range: &Range<u64>) -> Result<*mut u8> {

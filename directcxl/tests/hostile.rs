@@ -405,6 +405,61 @@ fn a_full_file_system_is_an_error_and_no_signal() {
     assert!(matches!(refused, Err(Error::Removed { .. })), "{refused:?}");
 }
 
+/// A pipe without a writer had whoever opened it for reading wait for one.
+#[test]
+fn a_pipe_is_refused_and_not_waited_for() {
+    let dir = carlsbad_kit::scratch::on_tmpfs().unwrap();
+    let path = dir.path().join("pipe");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for refused in [FileHdm::open_read_only(&path), FileHdm::open(&path)] {
+        assert!(
+            matches!(refused, Err(Error::BadGeometry { .. })),
+            "{refused:?}"
+        );
+    }
+    let device = std::fs::File::open("/dev/zero").unwrap();
+    let refused = MemfdHdm::from_fd(device.into());
+    assert!(
+        matches!(refused, Err(Error::BadGeometry { .. })),
+        "{refused:?}"
+    );
+}
+
+/// `MAP_POPULATE` does not say that it failed: the first touch of the mapping was a signal.
+#[test]
+fn what_cannot_be_populated_is_an_error_and_not_a_later_signal() {
+    use carlsbad_kit::capability::Capability;
+    carlsbad_kit::require!(Capability::Root, Capability::TmpfsMount);
+    let dir = carlsbad_kit::scratch::on_disk().unwrap();
+    nix::mount::mount(
+        Some("tmpfs"),
+        dir.path(),
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        Some("size=6m"),
+    )
+    .unwrap();
+    let options = NamespaceOptions {
+        populate: true,
+        ..NamespaceOptions::default()
+    };
+    let made = FileHdm::create(dir.path().join("pool"), ByteSize::mib(16))
+        .and_then(|file| Pool::format(file, FormatOptions::default()))
+        .and_then(|pool| {
+            let refused = pool.create("large", ByteSize::mib(8), options);
+            let small = pool.create("small", MIB2, options).map(drop);
+            Ok((refused.map(drop), small))
+        });
+    nix::mount::umount2(dir.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+    let (refused, small) = made.unwrap();
+    assert!(matches!(refused, Err(Error::Removed { .. })), "{refused:?}");
+    // What the large one took it holds: it is there, and only not attached.
+    assert!(
+        matches!(small, Ok(()) | Err(Error::Removed { .. })),
+        "{small:?}"
+    );
+}
+
 #[test]
 fn a_heap_refuses_what_it_did_not_give() {
     let (pool, _) = pool_of(4, 1);

@@ -4,15 +4,15 @@
 //! `stat`, `pread` and `msync` are refused, and a misaligned offset is accepted and maps something
 //! else. So length and alignment come from sysfs, and ranges are checked before the kernel sees them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use carlsbad_types::ByteSize;
 
+use super::opened::{Opened, answers, sayings};
 use super::{
     Backend, Coherence, Geometry, Health, Identity, Persistence, attribute, boot_incarnation,
     number,
@@ -20,18 +20,14 @@ use super::{
 use crate::HostId;
 use crate::error::{Error, Result};
 use crate::layout::EXTENT;
-use crate::medium::{Access, Medium, Memory};
 
 /// A device that holds a pool.
 #[derive(Debug)]
 pub struct DevDax {
-    file: File,
+    opened: Opened,
     path: PathBuf,
     /// Its folder in sysfs.
     attributes: PathBuf,
-    geometry: Geometry,
-    identity: Identity,
-    host: HostId,
 }
 
 impl DevDax {
@@ -70,43 +66,31 @@ impl DevDax {
         let persistent = is_persistent(&region);
         let alignment = number(&attributes.join("align")).unwrap_or(EXTENT);
         Ok(Self {
-            geometry: Geometry {
-                length: ByteSize::new(number(&attributes.join("size")).unwrap_or(0)),
-                alignment: ByteSize::new(alignment),
-                persistence: if persistent {
-                    Persistence::Power
-                } else {
-                    Persistence::Volatile
+            opened: Opened {
+                geometry: Geometry {
+                    length: ByteSize::new(number(&attributes.join("size")).unwrap_or(0)),
+                    alignment: ByteSize::new(alignment),
+                    persistence: if persistent {
+                        Persistence::Power
+                    } else {
+                        Persistence::Volatile
+                    },
+                    coherence: Coherence::Hardware,
+                    numa_node: attribute(&attributes.join("target_node"))
+                        .and_then(|node| node.parse().ok()),
+                    writable: true,
                 },
-                coherence: Coherence::Hardware,
-                numa_node: attribute(&attributes.join("target_node"))
-                    .and_then(|node| node.parse().ok()),
-                writable: true,
+                identity: Identity {
+                    place,
+                    serial: format!("{}:{}", metadata.rdev(), region.display()),
+                    incarnation: if persistent { 0 } else { boot_incarnation() },
+                },
+                host: HostId::default(),
+                file,
             },
-            identity: Identity {
-                place,
-                serial: format!("{}:{}", metadata.rdev(), region.display()),
-                incarnation: if persistent { 0 } else { boot_incarnation() },
-            },
-            host: HostId::default(),
-            file,
             path,
             attributes,
         })
-    }
-
-    /// Says which of several hosts this is. Host 0 without it.
-    #[must_use]
-    pub fn on_host(mut self, host: HostId) -> Self {
-        self.host = host;
-        self
-    }
-
-    /// Says who keeps the hosts' caches coherent. Hardware without it, which is right for one host.
-    #[must_use]
-    pub fn coherence(mut self, coherence: Coherence) -> Self {
-        self.geometry.coherence = coherence;
-        self
     }
 }
 
@@ -174,37 +158,14 @@ fn is_persistent(region: &Path) -> bool {
     })
 }
 
+sayings!(DevDax);
+
 impl Backend for DevDax {
-    fn geometry(&self) -> &Geometry {
-        &self.geometry
-    }
-
-    fn identity(&self) -> &Identity {
-        &self.identity
-    }
-
-    fn host(&self) -> HostId {
-        self.host
-    }
-
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-
-    fn map(
-        self: Arc<Self>,
-        range: Range<u64>,
-        access: Access,
-        populate: bool,
-    ) -> Result<Box<dyn Medium>> {
-        let backend: Arc<dyn Backend> = Arc::clone(&self) as _;
-        let memory = Memory::map(backend, self.file.as_fd(), range, access, populate)?;
-        Ok(Box::new(memory))
-    }
+    answers!();
 
     fn health(&self) -> Health {
         match number(&self.attributes.join("size")) {
-            Some(size) if size >= self.geometry.length.get() => {}
+            Some(size) if size >= self.opened.geometry.length.get() => {}
             _ => return Health::Removed,
         }
         let poisoned = bad_ranges(&self.attributes);
@@ -217,8 +178,7 @@ impl Backend for DevDax {
 
     fn reopen(&self) -> Result<Arc<dyn Backend>> {
         let mut again = Self::open(&self.path)?;
-        again.host = self.host;
-        again.geometry.coherence = self.geometry.coherence;
+        again.opened.as_said_of(&self.opened);
         Ok(Arc::new(again))
     }
 }

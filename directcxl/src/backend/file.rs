@@ -3,30 +3,27 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use carlsbad_types::ByteSize;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
+use super::opened::{Opened, answers, regular, sayings};
 use super::{
     Backend, Coherence, Geometry, Health, Identity, Persistence, boot_incarnation, punch_hole,
 };
 use crate::HostId;
 use crate::error::{Error, Result};
 use crate::layout::EXTENT;
-use crate::medium::{Access, Medium, Memory};
 
 /// A file that holds a pool.
 #[derive(Debug)]
 pub struct FileHdm {
-    file: File,
+    opened: Opened,
     path: PathBuf,
-    geometry: Geometry,
-    identity: Identity,
-    host: HostId,
 }
 
 impl FileHdm {
@@ -69,11 +66,7 @@ impl FileHdm {
     /// Where there is none, or it is not a regular file, or this process may not write to it.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(Error::io("open", path.display().to_string()))?;
+        let file = open(&path, true)?;
         Self::of(file, path, true)
     }
 
@@ -84,43 +77,22 @@ impl FileHdm {
     /// Where there is none, or it is not a regular file, or this process may not read it.
     pub fn open_read_only(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        let file = File::open(&path).map_err(Error::io("open", path.display().to_string()))?;
+        let file = open(&path, false)?;
         Self::of(file, path, false)
-    }
-
-    /// Says which of several hosts this is. Host 0 without it.
-    #[must_use]
-    pub fn on_host(mut self, host: HostId) -> Self {
-        self.host = host;
-        self
-    }
-
-    /// Says who keeps the hosts' caches coherent. Hardware without it.
-    #[must_use]
-    pub fn coherence(mut self, coherence: Coherence) -> Self {
-        self.geometry.coherence = coherence;
-        self
     }
 
     /// Makes every change wait for the disk, on a file system that has one.
     #[must_use]
     pub fn synced(mut self) -> Self {
-        if self.geometry.persistence == Persistence::PageCache {
-            self.geometry.persistence = Persistence::Synced;
+        if self.opened.geometry.persistence == Persistence::PageCache {
+            self.opened.geometry.persistence = Persistence::Synced;
         }
         self
     }
 
     fn of(file: File, path: PathBuf, writable: bool) -> Result<Self> {
         let place = path.display().to_string();
-        let metadata = file.metadata().map_err(Error::io("look at", &*place))?;
-        if !metadata.is_file() {
-            return Err(Error::BadGeometry {
-                place,
-                why: "it is not a regular file".to_owned(),
-                fix: "use `DevDax` for a device".to_owned(),
-            });
-        }
+        let metadata = regular(&file, &place)?;
         let system = fstatfs(&file).map_err(Error::io("look at the file system of", &*place))?;
         let kind = system.filesystem_type();
         let alignment = match kind {
@@ -136,89 +108,69 @@ impl FileHdm {
         }
         let in_memory = [HUGETLBFS_MAGIC, TMPFS_MAGIC].contains(&kind);
         Ok(Self {
-            geometry: Geometry {
-                length: ByteSize::new(metadata.len()),
-                alignment: ByteSize::new(alignment),
-                persistence: if in_memory {
-                    Persistence::Volatile
-                } else {
-                    Persistence::PageCache
+            opened: Opened {
+                geometry: Geometry {
+                    length: ByteSize::new(metadata.len()),
+                    alignment: ByteSize::new(alignment),
+                    persistence: if in_memory {
+                        Persistence::Volatile
+                    } else {
+                        Persistence::PageCache
+                    },
+                    coherence: Coherence::Hardware,
+                    numa_node: None,
+                    writable,
                 },
-                coherence: Coherence::Hardware,
-                numa_node: None,
-                writable,
+                identity: Identity {
+                    place,
+                    serial: format!("{}:{}", metadata.dev(), metadata.ino()),
+                    incarnation: if in_memory { boot_incarnation() } else { 0 },
+                },
+                host: HostId::default(),
+                file,
             },
-            identity: Identity {
-                place,
-                serial: format!("{}:{}", metadata.dev(), metadata.ino()),
-                incarnation: if in_memory { boot_incarnation() } else { 0 },
-            },
-            host: HostId::default(),
-            file,
             path,
         })
     }
 }
 
+sayings!(FileHdm);
+
 impl Backend for FileHdm {
-    fn geometry(&self) -> &Geometry {
-        &self.geometry
-    }
-
-    fn identity(&self) -> &Identity {
-        &self.identity
-    }
-
-    fn host(&self) -> HostId {
-        self.host
-    }
-
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-
-    fn map(
-        self: Arc<Self>,
-        range: Range<u64>,
-        access: Access,
-        populate: bool,
-    ) -> Result<Box<dyn Medium>> {
-        let backend: Arc<dyn Backend> = Arc::clone(&self) as _;
-        let memory = Memory::map(backend, self.file.as_fd(), range, access, populate)?;
-        Ok(Box::new(memory))
-    }
+    answers!();
 
     fn discard(&self, range: Range<u64>) -> Result<bool> {
         // The pages of hugetlbfs were reserved for this file: without them a later touch is a bus
         // error.
-        if self.geometry.alignment.get() > page_size() {
+        if self.opened.geometry.alignment.get() > page_size() {
             return Ok(false);
         }
         punch_hole(self.as_fd(), self.place(), range)
     }
 
     fn health(&self) -> Health {
-        match self.file.metadata() {
-            Ok(now) if now.len() >= self.geometry.length.get() && now.nlink() > 0 => Health::Ok,
+        match self.opened.file.metadata() {
+            Ok(now) if now.len() >= self.opened.geometry.length.get() && now.nlink() > 0 => {
+                Health::Ok
+            }
             _ => Health::Removed,
         }
     }
 
     fn reopen(&self) -> Result<Arc<dyn Backend>> {
-        let mut again = if self.geometry.writable {
+        let mut again = if self.opened.geometry.writable {
             Self::open(&self.path)?
         } else {
             Self::open_read_only(&self.path)?
         };
-        again.host = self.host;
-        again.geometry.coherence = self.geometry.coherence;
-        again.geometry.persistence = self.geometry.persistence;
+        again.opened.as_said_of(&self.opened);
+        again.opened.geometry.persistence = self.opened.geometry.persistence;
         Ok(Arc::new(again))
     }
 
     fn map_error(&self, length: u64, why: io::Error) -> Error {
         let place = self.place();
-        let page = self.geometry.alignment.get();
+        let page = self.opened.geometry.alignment.get();
         if why.raw_os_error() == Some(libc::ENOMEM) && page > page_size() {
             return Error::NoHugePages {
                 place,
@@ -229,6 +181,16 @@ impl Backend for FileHdm {
         }
         Error::io("map", place)(why)
     }
+}
+
+/// Opens without waiting: a pipe would have this wait for somebody at its other end.
+fn open(path: &Path, write: bool) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(write)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(Error::io("open", path.display().to_string()))
 }
 
 /// Bytes of an ordinary page.

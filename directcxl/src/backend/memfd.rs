@@ -2,30 +2,27 @@
 
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 
 use carlsbad_types::ByteSize;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::file::{page_size, path_of};
+use super::opened::{Opened, answers, regular, sayings};
 use super::{
     Backend, Coherence, Geometry, Health, Identity, Persistence, boot_incarnation, punch_hole,
 };
 use crate::HostId;
 use crate::error::{Error, Result};
 use crate::layout::EXTENT;
-use crate::medium::{Access, Medium, Memory};
 
 /// Memory without a name. It goes when the last process that has it open or mapped is gone; another
 /// process gets it by descriptor ([`MemfdHdm::from_fd`]).
 #[derive(Debug)]
 pub struct MemfdHdm {
-    file: File,
-    geometry: Geometry,
-    identity: Identity,
-    host: HostId,
+    opened: Opened,
 }
 
 impl MemfdHdm {
@@ -61,96 +58,60 @@ impl MemfdHdm {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
+            .custom_flags(libc::O_NONBLOCK)
             .open(&path)
             .map_err(Error::io("open anew", path.display().to_string()))?;
         Self::of(file)
     }
 
-    /// Says which of several hosts this is. Host 0 without it.
-    #[must_use]
-    pub fn on_host(mut self, host: HostId) -> Self {
-        self.host = host;
-        self
-    }
-
-    /// Says who keeps the hosts' caches coherent. Hardware without it.
-    #[must_use]
-    pub fn coherence(mut self, coherence: Coherence) -> Self {
-        self.geometry.coherence = coherence;
-        self
-    }
-
     fn of(file: File) -> Result<Self> {
-        let metadata = file
-            .metadata()
-            .map_err(Error::io("look at", "a memory file"))?;
+        let metadata = regular(&file, "a descriptor of memory")?;
         Ok(Self {
-            geometry: Geometry {
-                length: ByteSize::new(metadata.len()),
-                alignment: ByteSize::new(page_size()),
-                persistence: Persistence::Volatile,
-                coherence: Coherence::Hardware,
-                numa_node: None,
-                writable: true,
+            opened: Opened {
+                geometry: Geometry {
+                    length: ByteSize::new(metadata.len()),
+                    alignment: ByteSize::new(page_size()),
+                    persistence: Persistence::Volatile,
+                    coherence: Coherence::Hardware,
+                    numa_node: None,
+                    writable: true,
+                },
+                identity: Identity {
+                    place: format!("memfd {}", metadata.ino()),
+                    serial: format!("{}:{}", metadata.dev(), metadata.ino()),
+                    incarnation: boot_incarnation(),
+                },
+                host: HostId::default(),
+                file,
             },
-            identity: Identity {
-                place: format!("memfd {}", metadata.ino()),
-                serial: format!("{}:{}", metadata.dev(), metadata.ino()),
-                incarnation: boot_incarnation(),
-            },
-            host: HostId::default(),
-            file,
         })
     }
 }
 
+sayings!(MemfdHdm);
+
 impl Backend for MemfdHdm {
-    fn geometry(&self) -> &Geometry {
-        &self.geometry
-    }
-
-    fn identity(&self) -> &Identity {
-        &self.identity
-    }
-
-    fn host(&self) -> HostId {
-        self.host
-    }
-
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-
-    fn map(
-        self: Arc<Self>,
-        range: Range<u64>,
-        access: Access,
-        populate: bool,
-    ) -> Result<Box<dyn Medium>> {
-        let backend: Arc<dyn Backend> = Arc::clone(&self) as _;
-        let memory = Memory::map(backend, self.file.as_fd(), range, access, populate)?;
-        Ok(Box::new(memory))
-    }
+    answers!();
 
     fn discard(&self, range: Range<u64>) -> Result<bool> {
         punch_hole(self.as_fd(), self.place(), range)
     }
 
     fn health(&self) -> Health {
-        match self.file.metadata() {
-            Ok(now) if now.len() >= self.geometry.length.get() => Health::Ok,
+        match self.opened.file.metadata() {
+            Ok(now) if now.len() >= self.opened.geometry.length.get() => Health::Ok,
             _ => Health::Removed,
         }
     }
 
     fn reopen(&self) -> Result<Arc<dyn Backend>> {
         let fd = self
+            .opened
             .file
             .try_clone()
             .map_err(Error::io("duplicate", self.place()))?;
         let mut again = Self::from_fd(fd.into())?;
-        again.host = self.host;
-        again.geometry.coherence = self.geometry.coherence;
+        again.opened.as_said_of(&self.opened);
         Ok(Arc::new(again))
     }
 }

@@ -3,6 +3,7 @@
 mod devdax;
 mod file;
 mod memfd;
+mod opened;
 
 pub use devdax::DevDax;
 pub(crate) use devdax::usable;
