@@ -18,7 +18,7 @@ use rund_rt::{Backend, CloneSpec, Instance, Qemu, TemplateSpec, qemu_initramfs};
 const BUSYBOX: &str = "/bin/busybox";
 
 fn main() {
-    let mut figure = Figure::new(
+    let figure = Figure::new(
         "rund-rt/4b",
         "a Linux guest of QEMU from its template to its first output",
         "ms",
