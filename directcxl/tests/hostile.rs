@@ -445,10 +445,10 @@ fn what_cannot_be_populated_is_an_error_and_not_a_later_signal() {
     };
     let made = FileHdm::create(dir.path().join("pool"), ByteSize::mib(16))
         .and_then(|file| Pool::format(file, FormatOptions::default()))
-        .and_then(|pool| {
+        .map(|pool| {
             let refused = pool.create("large", ByteSize::mib(8), options);
             let small = pool.create("small", MIB2, options).map(drop);
-            Ok((refused.map(drop), small))
+            (refused.map(drop), small)
         });
     nix::mount::umount2(dir.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
     let (refused, small) = made.unwrap();

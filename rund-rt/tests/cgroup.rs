@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use carlsbad_kit::capability::Capability;
 use carlsbad_kit::child::{self, Role};
 use carlsbad_types::ByteSize;
-use rund_rt::cgroup::{CgroupPool, Claim, Controller, Hierarchy, PoolConfig, sweep};
+use rund_rt::cgroup::{CgroupPool, Claim, Controller, Hierarchy, PoolConfig, Version, sweep};
 use rund_rt::{Error, Limits};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -290,8 +290,13 @@ fn the_oom_of_one_group_spares_its_neighbours() {
         assert_eq!(usage.oom_kills, Some(0));
         assert!(usage.memory_peak.unwrap() >= ByteSize::mib(7));
     }
-    // Version 2 ends all members of the group, and counts each.
-    assert!(boxes[1].0.usage().unwrap().oom_kills.unwrap() >= 1);
+    // Version 2 ends a whole group at once, and counts the first that it chose twice.
+    let kills = boxes[1].0.usage().unwrap().oom_kills;
+    let expected = match boxes[1].0.version() {
+        Version::V1 => 1..=1,
+        Version::V2 => 1..=2,
+    };
+    assert!(expected.contains(&kills.unwrap()), "{kills:?}");
 }
 
 #[test]

@@ -16,19 +16,6 @@ use rund_rt::{
 
 const PATIENCE: Option<Duration> = Some(Duration::from_secs(120));
 
-/// The distribution's kernel, where `cargo xtask vm` has put it.
-fn kernel() -> Option<PathBuf> {
-    if let Some(kernel) = guest_kernel() {
-        return Some(kernel);
-    }
-    // Past the capture of the test harness: a skip that nobody sees is a lie.
-    let _nobody_listens = std::io::Write::write_all(
-        &mut std::io::stderr(),
-        b"SKIPPED kernel image: cargo xtask vm\n",
-    );
-    None
-}
-
 fn spec(dir: &Path, kernel: PathBuf) -> TemplateSpec {
     let initramfs = dir.join("initramfs");
     let bytes = qemu_initramfs(Path::new("/bin/busybox"), &[]).unwrap();
@@ -45,8 +32,12 @@ fn shell(script: &str) -> CloneSpec {
 
 #[test]
 fn guests_are_cloned_from_one_that_had_booted() {
-    carlsbad_kit::require!(Capability::Qemu, Capability::Busybox);
-    let Some(kernel) = kernel() else { return };
+    carlsbad_kit::require!(
+        Capability::Qemu,
+        Capability::GuestKernel,
+        Capability::Busybox
+    );
+    let kernel = guest_kernel().unwrap();
     let dir = scratch::on_disk().unwrap();
     let spec = spec(dir.path(), kernel);
     let guard = LeakGuard::beneath(dir.path());
@@ -119,8 +110,12 @@ fn guests_are_cloned_from_one_that_had_booted() {
 
 #[test]
 fn guests_that_do_not_boot_are_refused_in_time() {
-    carlsbad_kit::require!(Capability::Qemu, Capability::Busybox);
-    let Some(kernel) = kernel() else { return };
+    carlsbad_kit::require!(
+        Capability::Qemu,
+        Capability::GuestKernel,
+        Capability::Busybox
+    );
+    let kernel = guest_kernel().unwrap();
     let dir = scratch::on_disk().unwrap();
     let qemu = Qemu::new();
     let mut spec = spec(dir.path(), kernel);

@@ -56,8 +56,8 @@ pub fn probe(host: &Host) -> Result<Return, String> {
     let layout = super::layout::Layout::new(&plan, ByteSize::mib(32))?;
     let image = Image { plan, layout };
     let (memory, root) = image.load(&Contents::Bytes(&code), Return::Sysret)?;
-    let entry = shim::entry(Return::Sysret);
-    let mut machine = Machine::new(host, &memory, root, entry).map_err(|why| why.to_string())?;
+    let mut machine =
+        Machine::new(host, &memory, root, Return::Sysret).map_err(|why| why.to_string())?;
     *machine.regs() = kvm_regs {
         rip: image.plan.entry,
         rsp: image.layout.stack.end(),
@@ -175,8 +175,7 @@ pub fn build(
     kernel.identity.arguments = joined(&build.args);
     standard(&mut kernel.table).map_err(|why| other(why.to_string()))?;
 
-    let entry = shim::entry(surroundings.way_back);
-    let machine = Machine::new(&surroundings.host, &memory, root, entry)
+    let machine = Machine::new(&surroundings.host, &memory, root, surroundings.way_back)
         .map_err(|why| Failure::Kvm(why.to_string()))?;
     let mut guest = Guest {
         machine,

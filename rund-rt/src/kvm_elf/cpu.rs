@@ -5,7 +5,7 @@ use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
 use super::layout::{SYSTEM_START, system};
 use super::machine::XSAVE_WORDS;
 use super::page_table::Words;
-use super::shim;
+use super::shim::{self, Return};
 
 /// Selectors, with the requested privilege.
 const KERNEL_CODE: u16 = 0x10;
@@ -34,8 +34,21 @@ const TSS_SIZE: u64 = 0x68;
 /// Ports whose permission is described: up to those of the exceptions.
 const PORTS: u64 = 0xc0;
 
+/// The flags that a system call clears. In ring 0 a guest's trap flag would raise an exception with
+/// the stack that the guest has chosen; `sysretq` puts the flags back, a jump does not.
+pub const fn masked_flags(way_back: Return) -> u64 {
+    const TRAP: u64 = 1 << 8;
+    const DIRECTION: u64 = 1 << 10;
+    const NESTED: u64 = 1 << 14;
+    const ALIGNMENT: u64 = 1 << 18;
+    match way_back {
+        Return::Jump => 0,
+        Return::Sysret => TRAP | DIRECTION | NESTED | ALIGNMENT,
+    }
+}
+
 /// Writes descriptor tables and the task state segment.
-pub fn write_tables(memory: &mut impl Words) {
+pub fn write_tables(memory: &mut impl Words, way_back: Return) {
     let gdt = [
         (2, code_descriptor(0)),
         (3, data_descriptor(0)),
@@ -56,6 +69,14 @@ pub fn write_tables(memory: &mut impl Words) {
     let stack = SYSTEM_START + system::EXCEPTION_STACK_TOP;
     memory.set_word(system::TSS, stack << 32);
     memory.set_word(system::TSS + 8, stack >> 32);
+    // Where system calls run in ring 0, an exception has this stack whatever ring it comes from: the
+    // first of the interrupt stack table, at offset 0x24.
+    let stack_table = match way_back {
+        Return::Jump => 0,
+        Return::Sysret => 1,
+    };
+    memory.set_word(system::TSS + 0x20, stack << 32);
+    memory.set_word(system::TSS + 0x28, stack >> 32);
     memory.set_word(system::TSS + 0x60, TSS_SIZE << 48);
     // A bit for each port: set is forbidden. Only those of the shim are not.
     let open = |port: u64| {
@@ -78,6 +99,7 @@ pub fn write_tables(memory: &mut impl Words) {
         let privilege = if matches!(vector, 3 | 4) { 3 } else { 0 };
         let low = (handler & 0xffff)
             | u64::from(KERNEL_CODE) << 16
+            | stack_table << 32
             | (0x8e | privilege << 5) << 40
             | (handler >> 16 & 0xffff) << 48;
         memory.set_word(system::IDT + vector * 16, low);

@@ -69,9 +69,8 @@ impl Guest {
                 // The machine is the parent's, whose memory it has. The call is answered, not made
                 // again.
                 saved.regs.rip = shim::exit_address() + 2;
-                let entry = shim::entry(self.way_back);
                 interrupt::forget();
-                self.machine = Machine::new(&self.host, &self.memory, self.root, entry)
+                self.machine = Machine::new(&self.host, &self.memory, self.root, self.way_back)
                     .map_err(|why| why.to_string())?;
                 self.machine
                     .restore(&saved)

@@ -71,7 +71,7 @@ impl Image {
         root: u64,
     ) -> Result<u64, String> {
         let end = page_table::write(memory, &self.layout, root)?;
-        cpu::write_tables(memory);
+        cpu::write_tables(memory, way_back);
         memory.write_offset(system::CODE, &shim::code(way_back));
         for segment in &self.plan.segments {
             let Some(region) = self

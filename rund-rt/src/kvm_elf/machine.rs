@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::cpu;
 use super::memory::GuestMemory;
-use super::shim::{CALL_PORT, EXCEPTION_PORT};
+use super::shim::{self, CALL_PORT, EXCEPTION_PORT, Return};
 
 /// What the kernel's KVM offers, asked once.
 #[derive(Debug)]
@@ -195,7 +195,12 @@ impl Machine {
     ///
     /// # Errors
     /// What KVM refused.
-    pub fn new(host: &Host, memory: &GuestMemory, root: u64, entry: u64) -> Result<Self, Refusal> {
+    pub fn new(
+        host: &Host,
+        memory: &GuestMemory,
+        root: u64,
+        way_back: Return,
+    ) -> Result<Self, Refusal> {
         let vm = loop {
             match host.kvm.create_vm() {
                 // A signal came in between.
@@ -219,9 +224,8 @@ impl Machine {
         machine.set_xcr0(host.xcr0)?;
         machine.set_msrs(&[
             (cpu::MSR_STAR, cpu::STAR),
-            (cpu::MSR_LSTAR, entry),
-            // The direction flag, so that a copy in ring 0 goes where it should.
-            (cpu::MSR_SFMASK, 0),
+            (cpu::MSR_LSTAR, shim::entry(way_back)),
+            (cpu::MSR_SFMASK, cpu::masked_flags(way_back)),
         ])?;
         machine.vcpu.set_sync_valid_reg(SyncReg::Register);
         Ok(machine)

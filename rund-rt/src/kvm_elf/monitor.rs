@@ -21,7 +21,7 @@ use super::layout::Layout;
 use super::machine::{Machine, Registers};
 use super::memory::GuestMemory;
 use super::reset;
-use super::shim::{self, Return, data};
+use super::shim::{Return, data};
 use super::template::{Pages, SavedOpen, State};
 use super::window::Windows;
 use super::wire::{Destination, Ended, FromMonitor, Input, Start, ToMonitor};
@@ -81,7 +81,11 @@ pub fn run(surroundings: &Rc<Surroundings>, template: &Rc<Template>, owner: Chan
     loop {
         let received = owner.borrow_mut().receive::<ToMonitor>(None);
         match received {
-            Ok((ToMonitor::Equip, fds)) => monitor.pagemap = fds.into_iter().next(),
+            Ok((ToMonitor::Equip, fds)) => {
+                // Before Linux 6.7 it cannot be asked for pages that differ: a machine serves once.
+                let can = |map: &OwnedFd| reset::own_pages(map, &monitor.guest.memory).is_ok();
+                monitor.pagemap = fds.into_iter().next().filter(can);
+            }
             Ok((ToMonitor::Start(start), fds)) => {
                 if !monitor.serve(*start, fds, &owner) {
                     return 0;
@@ -120,8 +124,7 @@ impl Monitor {
         memory
             .lay(&*template.file, &state.extents)
             .map_err(|why| format!("the template's pages: {why}"))?;
-        let entry = shim::entry(way_back);
-        let mut machine = Machine::new(&surroundings.host, &memory, state.root, entry)
+        let mut machine = Machine::new(&surroundings.host, &memory, state.root, way_back)
             .map_err(|why| why.to_string())?;
         let registers = match &state.registers {
             Some(saved) => saved.clone(),

@@ -2,6 +2,7 @@
 //! and what the host tells each clone behind it, over the serial line.
 
 use std::fmt::Write as _;
+use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -239,6 +240,25 @@ pub(super) fn find(bytes: &[u8], mark: &[u8]) -> Option<usize> {
 
 fn find_last(bytes: &[u8], mark: &[u8]) -> Option<usize> {
     bytes.windows(mark.len()).rposition(|window| window == mark)
+}
+
+/// Reads the console up to the mark; else what was said instead.
+pub(super) fn read_until_ready(mut console: impl Read) -> std::result::Result<(), String> {
+    let mut seen = Vec::new();
+    let mut chunk = [0; 4096];
+    loop {
+        match console.read(&mut chunk) {
+            Ok(0) | Err(_) => {
+                let text = String::from_utf8_lossy(&seen);
+                let last: Vec<_> = text.lines().rev().take(3).collect();
+                return Err(format!("its console ended with {last:?}"));
+            }
+            Ok(n) => seen.extend(&chunk[..n]),
+        }
+        if find(&seen, READY).is_some() {
+            return Ok(());
+        }
+    }
 }
 
 #[cfg(test)]

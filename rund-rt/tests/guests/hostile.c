@@ -141,6 +141,39 @@ int main(int argc, char **argv) {
         printf("%#x %#x\n", before, after);
         return 0;
     }
+    if (!strcmp(what, "trap")) {
+        // A call with the trap flag set, and with the table of descriptors for a stack: an exception
+        // in the entry's ring 0 would be pushed over the descriptor of the user's code.
+        static char stack[1 << 16];
+        stack_t other = {.ss_sp = stack, .ss_size = sizeof stack};
+        sigaltstack(&other, NULL);
+        struct sigaction action = {.sa_handler = jump, .sa_flags = SA_ONSTACK};
+        sigaction(SIGTRAP, &action, NULL);
+        // Where the entry does not put the flag back, the guest goes on to the end.
+        sigaction(SIGILL, &action, NULL);
+        unsigned before = 0, after = 0;
+        __asm__ volatile("lar %1, %0" : "=r"(before) : "r"(0x33));
+        if (!sigsetjmp(back, 1))
+            __asm__ volatile(
+                "mov $77, %%eax\n\t" // ftruncate
+                "mov $99, %%edi\n\t"
+                "pushq $0x2b\n\t"
+                "pushq %0\n\t"
+                "pushfq\n\t"
+                "orq $0x100, (%%rsp)\n\t"
+                "pushq $0x33\n\t"
+                "leaq 1f(%%rip), %%rcx\n\t"
+                "pushq %%rcx\n\t"
+                "iretq\n"
+                "1: syscall\n\t"
+                "nop\n\t"
+                "ud2"
+                ::"r"(0x7fc0001000UL + 8 * 8)
+                : "rax", "rcx", "r11", "rdi", "memory");
+        __asm__ volatile("lar %1, %0" : "=r"(after) : "r"(0x33));
+        printf("%s\n", before == after ? "same" : "changed");
+        return 0;
+    }
     if (!strcmp(what, "handler")) {
         signal(SIGSEGV, on_fault);
         *(volatile int *)8 = 1;

@@ -54,6 +54,8 @@ pub enum Capability {
     Busybox,
     /// A QEMU that emulates x86-64.
     Qemu,
+    /// The distribution's kernel for virtual machines: see [`guest_kernel`].
+    GuestKernel,
     /// containerd, `ctr` and runc.
     Containerd,
     /// A CUDA driver with a device.
@@ -72,7 +74,7 @@ use Capability as C;
 
 impl Capability {
     /// Every capability, in the order in which `cargo xtask doctor` lists them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         C::Root,
         C::Namespaces,
         C::SharedMemory,
@@ -86,6 +88,7 @@ impl Capability {
         C::Busybox,
         C::Runc,
         C::Qemu,
+        C::GuestKernel,
         C::Containerd,
         C::Cuda,
         C::OnnxRuntime,
@@ -108,6 +111,7 @@ impl Capability {
             C::Busybox => "busybox",
             C::Runc => "runc",
             C::Qemu => "qemu",
+            C::GuestKernel => "guest-kernel",
             C::Containerd => "containerd",
             C::Cuda => "cuda",
             C::ControlGroups => "cgroups",
@@ -140,6 +144,7 @@ impl Capability {
             C::Busybox => "apt install busybox-static",
             C::Runc => "apt install runc, and run as root",
             C::Qemu => "apt install qemu-system-x86",
+            C::GuestKernel => "cargo xtask vm --fetch",
             C::Containerd => "apt install containerd runc",
             C::Cuda => "an NVIDIA GPU with its driver",
             C::ControlGroups => "run as root with /sys/fs/cgroup mounted writable",
@@ -253,6 +258,10 @@ impl Capability {
             C::Runc if !nix::unistd::geteuid().is_root() => State::Missing("not root".to_owned()),
             C::Runc => runs("runc", &["--version"]),
             C::Qemu => runs("qemu-system-x86_64", &["--version"]),
+            C::GuestKernel => match guest_kernel() {
+                Some(kernel) => State::Present(kernel.display().to_string()),
+                None => State::Missing(format!("none in {}", cache_dir().join("vm").display())),
+            },
             C::Containerd => match (C::Runc.probe(), runs("ctr", &["--version"])) {
                 (State::Present(_), State::Present(_)) => runs("containerd", &["--version"]),
                 (State::Missing(why), _) | (_, State::Missing(why)) => State::Missing(why),
@@ -324,7 +333,8 @@ pub fn cache_dir() -> PathBuf {
     }
 }
 
-/// The distribution's kernel for virtual machines, where `cargo xtask vm` has put one.
+/// The distribution's kernel for virtual machines, where `cargo xtask vm --fetch` has put one. Ask
+/// for [`Capability::GuestKernel`] first.
 pub fn guest_kernel() -> Option<PathBuf> {
     let images = std::fs::read_dir(cache_dir().join("vm")).ok()?;
     let boots = images.filter_map(|image| std::fs::read_dir(image.ok()?.path().join("boot")).ok());

@@ -41,6 +41,9 @@ pub(crate) struct Arguments {
     /// One of the ten; all that exist without it.
     #[arg(value_name = "CRATE")]
     name: Option<String>,
+    /// Only fetch the kernel that tests boot guests of.
+    #[arg(long)]
+    fetch: bool,
     /// Only these test targets; of directcxl only these machines: pmem, switch, hosts, program,
     /// poison.
     #[arg(long = "test", value_name = "TARGET")]
@@ -54,6 +57,11 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.fetch {
+        let images = Images::get()?;
+        eprintln!("{}", images.kernel.display());
+        return Ok(());
+    }
     if let State::Missing(why) = Capability::Qemu.state() {
         bail!("{why}: {}", Capability::Qemu.fix());
     }
