@@ -17,8 +17,8 @@ use super::{archive, build_with_programs, copy_with_libraries, make_executable};
 use crate::shell;
 use crate::workspace::Package;
 
-/// The package that depends on the newest kernel with all drivers. That of the backports finds dirty
-/// pages for a reset (Linux 6.7); on the distribution's own every clone is a fresh machine.
+/// The package that depends on the newest kernel with all drivers, of the backports: it finds
+/// dirty pages for a reset (Linux 6.7), and the distribution's own does not.
 const KERNEL: &str = "linux-image-amd64";
 /// In the order in which they have to be loaded.
 const MODULES: [&str; 7] = [
@@ -40,29 +40,18 @@ const TARGETS: [&str; 7] = [
     "cgroup",
     "process",
 ];
-/// Those that run on the distribution's own kernel as well.
-const WITHOUT_RESET: [&str; 1] = ["processes"];
 /// How long a machine may run.
 const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Runs every test target in a machine of its own; with `only`, those of these names.
 pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
-    run_on(&System::backports(KERNEL)?, &TARGETS, package, only)?;
-    run_on(
-        &System::distribution(KERNEL)?,
-        &WITHOUT_RESET,
-        package,
-        only,
-    )
-}
-
-fn run_on(system: &System, targets: &[&str], package: &Package, only: &[String]) -> Result<()> {
-    for target in targets {
+    let system = System::backports(KERNEL)?;
+    for target in TARGETS {
         if !only.is_empty() && !only.iter().any(|name| name == target) {
             continue;
         }
         let (test, programs) = build_with_programs(package, target)?;
-        let initramfs = pack(system, package, &test, &programs)?;
+        let initramfs = pack(&system, package, &test, &programs)?;
         let begun = Instant::now();
         eprintln!("rund-rt {target} on {}", system.release);
         // The emulator of the backports has what the distribution's has, and fewer faults.
