@@ -47,7 +47,7 @@ const START: Duration = Duration::from_secs(60);
 /// A template is a kernel ([`TemplateSpec::program`]) and an initial file system
 /// ([`TemplateSpec::initramfs`], see [`initramfs`](crate::qemu_initramfs)). A clone's arguments are
 /// a command in the guest. Its standard output and error come over one serial line, both as
-/// [`Exit::stdout`]. Each clone has a thread, `rund-qemu`, which is joined when the clone is
+/// [`Exit::stdout`](crate::Exit::stdout). Each clone has a thread, `rund-qemu`, which is joined when the clone is
 /// dropped.
 #[derive(Debug, Clone)]
 pub struct Qemu {
