@@ -161,6 +161,32 @@ fn a_program_that_the_guest_wrote_runs() {
     );
 }
 
+/// A program that shrinks while it is loaded ends its process; the machine, half exchanged, was taken
+/// for the template.
+#[test]
+fn a_program_that_cannot_be_loaded_leaves_nothing_for_the_next_clone() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    let script = "cat /bin/busybox > /tmp/p; chmod +x /tmp/p; \
+                  (while :; do : > /tmp/p; cat /bin/busybox > /tmp/p; done) & \
+                  exec /tmp/p true";
+    for _ in 0..if is_slow() { 4 } else { 60 } {
+        let args = ["busybox", "sh", "-c", script];
+        let spec = CloneSpec::new().args(args).verify_reset();
+        let sandbox = runtime.start(&template, spec).unwrap();
+        // However it ends.
+        sandbox.wait(PATIENCE).unwrap();
+        if let Some(differences) = sandbox.reset_differences() {
+            assert_eq!(differences, Vec::<String>::new());
+        }
+        drop(sandbox);
+        let exit = shell(&runtime, &template, "echo fine");
+        assert_eq!(text(&exit.stdout), "fine\n");
+    }
+}
+
 #[test]
 fn a_program_given_by_a_relative_path_knows_its_own() {
     carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);

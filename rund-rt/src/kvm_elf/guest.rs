@@ -452,18 +452,19 @@ impl Guest {
         let behind = self.unused_tables();
         if self.exchange(&image, &contents, behind).is_err() {
             // There is no room behind those of the programs before.
+            self.tables_overwritten = true;
             self.machine.take_memory().map_err(|why| why.to_string())?;
-            self.exchange(&image, &contents, system::TABLES)?;
+            let exchanged = self.exchange(&image, &contents, system::TABLES);
+            // Whatever became of it: a reset takes it away again.
             self.machine
                 .give_memory(&self.memory)
                 .map_err(|why| why.to_string())?;
-            self.tables_overwritten = true;
+            exchanged?;
         }
         self.machine
             .begin_again(self.root)
             .map_err(|why| why.to_string())?;
         self.image = image;
-        self.is_template = false;
         self.kernel.become_program(execute);
         self.kernel.space = super::calls::space::Space::new(&self.image.layout);
         self.begin(&execute.args, &execute.env, &execute.path)
@@ -487,6 +488,8 @@ impl Guest {
         contents: &Contents<'_>,
         root: u64,
     ) -> Result<(), String> {
+        // From here on, even where it fails.
+        self.is_template = false;
         self.memory
             .renew(&image.layout)
             .map_err(|why| format!("no memory: {why}"))?;
