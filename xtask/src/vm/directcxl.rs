@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -151,34 +151,17 @@ fn boot(
     control: Option<&Path>,
 ) -> Result<Machine> {
     let initramfs = pack(system, programs)?;
-    let mut qemu = Command::new(system.qemu.get_program());
-    qemu.args(system.qemu.get_args())
-        .args(["-M", WINDOW, "-accel", "tcg,thread=multi"])
-        // The kernel does not believe a hypervisor that its caches can be flushed.
-        .args(["-cpu", "max,hypervisor=off", "-smp", "2"])
+    let mut qemu = system.machine(initramfs.path(), &format!("carlsbad={test}"));
+    // The kernel does not believe a hypervisor that its caches can be flushed.
+    qemu.args(["-M", WINDOW, "-cpu", "max,hypervisor=off"])
         .args(["-m", "1G,maxmem=8G,slots=4"])
-        .args(["-nographic", "-nodefaults", "-no-user-config", "-no-reboot"])
-        .args(["-serial", "stdio"])
-        .arg("-kernel")
-        .arg(system.image())
-        .arg("-initrd")
-        .arg(initramfs.path())
-        .arg("-append")
-        .arg(format!(
-            // Emulated on a busy machine, the timer is late for the kernel's check of it.
-            "console=ttyS0 quiet panic=-1 random.trust_cpu=on no_timer_check carlsbad={test}"
-        ))
         .args(devices);
     if let Some(control) = control {
         let socket = format!("unix:{},server=on,wait=off", control.display());
         qemu.args(["-qmp", &socket]);
     }
     eprintln!("directcxl {test} on {}", system.release);
-    let process = qemu
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot start QEMU")?;
+    let process = qemu.spawn().context("cannot start QEMU")?;
     Ok(Machine {
         process,
         test,

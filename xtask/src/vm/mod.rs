@@ -161,27 +161,8 @@ fn archive(root: &Path) -> Result<NamedTempFile> {
 
 /// Downloads a package of the distribution and unpacks it, unless it is there.
 fn unpack(cache: &Path, package: &str) -> Result<PathBuf> {
-    let root = cache.join(package);
-    if root.exists() {
-        return Ok(root);
-    }
-    fs::create_dir_all(cache)?;
-    let scratch = tempfile::Builder::new().tempdir_in(cache)?;
-    shell::run(
-        Command::new("apt-get")
-            .current_dir(scratch.path())
-            .args(["download", "-q", package]),
-    )
-    .context("kernels come from the distribution: apt-get update")?;
-    let unpacked = scratch.path().join("unpacked");
-    for entry in fs::read_dir(scratch.path())? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "deb") {
-            shell::output(Command::new("dpkg-deb").arg("-x").arg(&path).arg(&unpacked))?;
-        }
-    }
-    fs::rename(&unpacked, &root).with_context(|| format!("cannot make {}", root.display()))?;
-    Ok(root)
+    system::fetch(cache, &[], &[package])
+        .context("kernels come from the distribution: apt-get update")
 }
 
 /// Builds one test target; gives its binary.

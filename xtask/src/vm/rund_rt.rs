@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -55,22 +55,9 @@ pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
         let begun = Instant::now();
         eprintln!("rund-rt {target} on {}", system.release);
         // The emulator of the backports has what the distribution's has, and fewer faults.
-        let mut qemu = Command::new(system.qemu.get_program());
-        let mut machine = qemu
-            .args(system.qemu.get_args())
-            .args(["-M", "q35", "-accel", "tcg,thread=multi"])
-            .args(["-cpu", "EPYC,+svm", "-smp", "2", "-m", "3G"])
-            .args(["-nographic", "-nodefaults", "-no-user-config", "-no-reboot"])
-            .args(["-serial", "stdio"])
-            .arg("-kernel")
-            .arg(system.image())
-            .arg("-initrd")
-            .arg(initramfs.path())
-            .arg("-append")
-            // Emulated on a busy machine, the timer is late for the kernel's check of it.
-            .arg("console=ttyS0 quiet panic=-1 random.trust_cpu=on no_timer_check")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
+        let mut machine = system
+            .machine(initramfs.path(), "")
+            .args(["-M", "q35", "-cpu", "EPYC,+svm", "-m", "3G"])
             .spawn()
             .context("cannot start QEMU")?;
         follow(&mut machine, PATIENCE, |_| {}).with_context(|| format!("rund-rt {target}"))?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use carlsbad_kit::capability::cache_dir;
@@ -17,7 +17,7 @@ const BACKPORTS: &str = "bookworm-backports";
 
 /// An emulator and a kernel.
 pub(super) struct System {
-    pub(super) qemu: Command,
+    qemu: Command,
     /// Where the kernel's package is unpacked.
     kernel: PathBuf,
     pub(super) release: String,
@@ -69,9 +69,26 @@ impl System {
         Self::of(qemu, kernel, &package)
     }
 
-    /// The kernel's image.
-    pub(super) fn image(&self) -> PathBuf {
-        self.kernel.join(format!("boot/vmlinuz-{}", self.release))
+    /// A machine of this kernel, without devices, that runs `initramfs` and says what happens on its
+    /// serial line; `words` are the kernel's.
+    pub(super) fn machine(&self, initramfs: &Path, words: &str) -> Command {
+        let mut qemu = Command::new(self.qemu.get_program());
+        qemu.args(self.qemu.get_args())
+            .args(["-accel", "tcg,thread=multi", "-smp", "2"])
+            .args(["-nographic", "-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-serial", "stdio"])
+            .arg("-kernel")
+            .arg(self.kernel.join(format!("boot/vmlinuz-{}", self.release)))
+            .arg("-initrd")
+            .arg(initramfs)
+            .arg("-append")
+            // Emulated on a busy machine, the timer is late for the kernel's check of it.
+            .arg(format!(
+                "console=ttyS0 quiet panic=-1 random.trust_cpu=on no_timer_check {words}"
+            ))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        qemu
     }
 
     fn of(qemu: Command, kernel: PathBuf, package: &str) -> Result<Self> {
@@ -177,12 +194,13 @@ fn newest(options: &[String], package: &str) -> Result<String> {
 }
 
 /// Downloads packages and unpacks them into one folder, unless it is there.
-fn fetch(apt: &Path, options: &[String], packages: &[&str]) -> Result<PathBuf> {
-    let root = apt.join(packages.first().context("no packages")?);
+pub(super) fn fetch(cache: &Path, options: &[String], packages: &[&str]) -> Result<PathBuf> {
+    let root = cache.join(packages.first().context("no packages")?);
     if root.exists() {
         return Ok(root);
     }
-    let scratch: TempDir = tempfile::Builder::new().tempdir_in(apt)?;
+    fs::create_dir_all(cache)?;
+    let scratch: TempDir = tempfile::Builder::new().tempdir_in(cache)?;
     shell::run(
         Command::new("apt-get")
             .current_dir(scratch.path())
