@@ -12,7 +12,9 @@ use std::time::Duration;
 use carlsbad_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::cgroup::Usage;
+use crate::error::{Error, Result};
+use crate::rootfs::find_in_root;
 
 /// What separates a sandbox from the host, weakest last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -130,6 +132,22 @@ impl TemplateSpec {
             snapshot: SnapshotPoint::default(),
             deadline: Duration::from_secs(60),
         }
+    }
+
+    /// A template of the program at `inside` in `root`, which its clones see as `/`. Symbolic links
+    /// on the way stay in the root, as for who is in the sandbox.
+    ///
+    /// # Errors
+    /// [`Error::BadProgram`] where the root has no such file.
+    pub fn in_root(root: impl Into<PathBuf>, inside: impl Into<PathBuf>) -> Result<Self> {
+        let (root, inside) = (root.into(), inside.into());
+        let program = find_in_root(&root, &inside).map_err(|why| Error::BadProgram {
+            program: inside.display().to_string(),
+            why: format!("in {}: {why}", root.display()),
+        })?;
+        let mut spec = Self::new(program).args([&inside]).root(root);
+        spec.inside = Some(inside);
+        Ok(spec)
     }
 
     /// The program's path inside the sandbox.
@@ -352,6 +370,16 @@ pub enum Status {
     TimedOut,
 }
 
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::TimedOut => f.write_str("its time over"),
+        }
+    }
+}
+
 impl Status {
     /// Whether it ended by itself with code 0.
     pub const fn success(self) -> bool {
@@ -429,6 +457,8 @@ pub struct Stats {
     pub dirty_pages: u64,
     /// PSS of its process, where it is alive.
     pub pss: Option<ByteSize>,
+    /// What its control group has counted, where it has one.
+    pub usage: Option<Usage>,
 }
 
 /// Ends a sandbox from anywhere, also while another thread waits for it.

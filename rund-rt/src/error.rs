@@ -132,7 +132,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A limit that this machine's control groups cannot enforce.
-    #[error("this machine cannot limit {what}: {why}")]
+    #[error("cannot limit {what}: {why}")]
     NoController {
         /// The limit.
         what: &'static str,

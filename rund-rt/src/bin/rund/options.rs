@@ -47,7 +47,8 @@ pub(crate) enum Command {
 /// A program and what it sees.
 #[derive(Debug, Args)]
 pub(crate) struct Guest {
-    /// The directory that the sandbox sees as `/`, read-only; what it writes is kept apart.
+    /// The directory that the sandbox sees as `/`, read-only; what it writes is kept apart. A PROGRAM
+    /// that begins with `/` is named by its path in it.
     #[arg(long, value_name = "DIRECTORY")]
     pub(crate) root: Option<PathBuf>,
     /// Memory of the guest.
@@ -59,12 +60,42 @@ pub(crate) struct Guest {
     /// The working directory inside.
     #[arg(long, default_value = "/", value_name = "DIRECTORY")]
     pub(crate) cwd: PathBuf,
+    /// What holds the sandbox.
+    #[arg(long, value_enum, default_value_t = Engine::KvmElf)]
+    pub(crate) backend: Engine,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Engine {
+    /// A virtual machine without a kernel in it.
+    KvmElf,
+    /// A confined process of the host's kernel: no virtual machine.
+    Process,
+}
+
+/// What a sandbox may use.
+#[derive(Debug, Args)]
+pub(crate) struct Most {
+    /// Processors, in units of one: 0.5 is half of one. Needs control groups.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) cpus: Option<f64>,
+    /// Memory that it may dirty. Needs control groups.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_memory: Option<ByteSize>,
+    /// Processes. Needs control groups.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) max_processes: Option<u32>,
+    /// Bytes in its writable layer.
+    #[arg(long, default_value = "64MiB", value_name = "SIZE")]
+    pub(crate) max_upper: ByteSize,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Run {
     #[command(flatten)]
     pub(crate) guest: Guest,
+    #[command(flatten)]
+    pub(crate) most: Most,
     /// Kill it after so many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) timeout: Option<Duration>,

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use rund_rt::{CloneSpec, Runtime};
+use rund_rt::CloneSpec;
 use serde_json::json;
 
 use crate::options::{Options, Storm};
@@ -12,7 +12,7 @@ use crate::output;
 
 pub(crate) fn storm(options: &Options, storm: &Storm) -> anyhow::Result<ExitCode> {
     ensure!(storm.number > 0, "no sandboxes");
-    let runtime = Runtime::builder().build()?;
+    let runtime = super::run::runtime(&storm.guest, None)?;
     let template = runtime.prepare(&super::run::spec(&storm.guest, &storm.program)?)?;
     let first = runtime.start(&template, CloneSpec::new())?.wait(None)?;
     let expected = (first.status, first.stdout);
@@ -48,14 +48,14 @@ pub(crate) fn storm(options: &Options, storm: &Storm) -> anyhow::Result<ExitCode
             "isolation": runtime.capabilities().isolation,
         }))?;
     } else {
-        output::line(&format!(
+        output::line(format!(
             "{} sandboxes in {took:.3} s, {rate:.0} a second; from request to first instruction \
              p50 {:.2} ms, p99 {:.2} ms; {wrong} said something else than the first; isolation: {}",
             storm.number,
             at(0.5),
             at(0.99),
             runtime.capabilities().isolation
-        ));
+        ))?;
     }
     Ok(ExitCode::from(u8::from(wrong > 0)))
 }
