@@ -108,11 +108,11 @@ pub struct TemplateSpec {
     pub cwd: PathBuf,
     /// The read-only directory that every clone sees as `/`; nothing is visible without it.
     pub root: Option<PathBuf>,
-    /// The most memory that a guest can have.
+    /// The most memory that a guest can have: 8 MiB to 1 GiB (`kvm-elf`).
     pub memory: ByteSize,
     /// When it is saved.
     pub snapshot: SnapshotPoint,
-    /// How long it may take to get there.
+    /// How long it may take to get there; a minute where nothing is said.
     pub deadline: Duration,
 }
 
@@ -183,6 +183,20 @@ impl TemplateSpec {
         self
     }
 
+    /// With this working directory.
+    #[must_use]
+    pub fn cwd(mut self, cwd: impl Into<PathBuf>) -> Self {
+        self.cwd = cwd.into();
+        self
+    }
+
+    /// With so much time to get to the point of the snapshot.
+    #[must_use]
+    pub const fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
     /// Saved at this point.
     #[must_use]
     pub fn snapshot(mut self, point: SnapshotPoint) -> Self {
@@ -234,7 +248,27 @@ pub enum Reuse {
     Fresh,
 }
 
-/// What a sandbox may use.
+/// What a sandbox may use, with all its processes.
+///
+/// Memory and processors are limited by a control group, which the backend takes from the pool that
+/// it was given; without one such a limit is refused.
+///
+/// ```no_run
+/// # fn main() -> rund_rt::Result<()> {
+/// use std::sync::Arc;
+/// use rund_rt::cgroup::{CgroupPool, Hierarchy, PoolConfig};
+/// use rund_rt::{ByteSize, CloneSpec, Limits, Runtime, TemplateSpec};
+///
+/// let pool = CgroupPool::new(Hierarchy::detect()?, PoolConfig::default())?;
+/// let runtime = Runtime::builder().cgroups(Arc::new(pool)).build()?;
+/// let template = runtime.prepare(&TemplateSpec::new("/srv/function"))?;
+/// let limits = Limits::new().memory(ByteSize::mib(64)).cpus(0.5);
+/// let exit = runtime.start(&template, CloneSpec::new().limits(limits))?.wait(None)?;
+/// let usage = exit.stats.usage.unwrap_or_default();
+/// println!("{:?} of a processor, {:?} at most", usage.cpu, usage.memory_peak);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Limits {
@@ -242,15 +276,66 @@ pub struct Limits {
     pub memory: Option<ByteSize>,
     /// Processors, in units of one: 0.5 is half of one. Enforced by a control group.
     pub cpus: Option<f64>,
-    /// Processes or threads.
+    /// Processes, the first one included; 64 where nothing is said (`kvm-elf`).
     pub processes: Option<u32>,
     /// Time from start to end; a sandbox that takes longer is killed.
     pub run_time: Option<Duration>,
-    /// Bytes in its writable layer.
+    /// Bytes in its writable layer. A name counts 4 KiB beside what is in it, and a file without one
+    /// counts for as long as it is open.
     pub upper: ByteSize,
     /// Bytes of captured output; what comes behind them is dropped, and [`Exit::truncated`] says
     /// so.
     pub output: ByteSize,
+}
+
+impl Limits {
+    /// The default: no more than 64 MiB in its writable layer, 16 MiB of captured output, and what
+    /// its backend sets for processes.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With so much memory at most.
+    #[must_use]
+    pub const fn memory(mut self, memory: ByteSize) -> Self {
+        self.memory = Some(memory);
+        self
+    }
+
+    /// With so much of the processors: 0.5 is half of one.
+    #[must_use]
+    pub const fn cpus(mut self, cpus: f64) -> Self {
+        self.cpus = Some(cpus);
+        self
+    }
+
+    /// With so many processes at most.
+    #[must_use]
+    pub const fn processes(mut self, processes: u32) -> Self {
+        self.processes = Some(processes);
+        self
+    }
+
+    /// With so much time from start to end.
+    #[must_use]
+    pub const fn run_time(mut self, time: Duration) -> Self {
+        self.run_time = Some(time);
+        self
+    }
+
+    /// With so many bytes in its writable layer.
+    #[must_use]
+    pub const fn upper(mut self, upper: ByteSize) -> Self {
+        self.upper = upper;
+        self
+    }
+
+    /// With so many bytes of captured output.
+    #[must_use]
+    pub const fn output(mut self, output: ByteSize) -> Self {
+        self.output = output;
+        self
+    }
 }
 
 impl Default for Limits {
@@ -447,13 +532,14 @@ pub struct Stats {
     pub start: Duration,
     /// From its first instruction to its end, or to now.
     pub run: Duration,
-    /// From its end until its machine was the template again.
+    /// From its end until its machine was the template again: in
+    /// [`Sandbox::stats`](crate::Sandbox::stats) after the end, 0 before and with [`Reuse::Fresh`].
     pub reset: Duration,
     /// System calls that left the machine.
     pub exits: u64,
     /// System calls that were served inside it.
     pub served_inside: u64,
-    /// Pages that differ from the template.
+    /// Pages that differed from the template, known as [`reset`](Self::reset) is.
     pub dirty_pages: u64,
     /// PSS of its process, where it is alive.
     pub pss: Option<ByteSize>,

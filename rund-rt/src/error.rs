@@ -34,7 +34,7 @@ pub enum Error {
         fix: &'static str,
     },
     /// The isolation that was asked for is stronger than what the backend gives.
-    #[error("{wanted:?} was asked for, and backend {backend} gives {given:?} here")]
+    #[error("{wanted} or better was asked for, and backend {backend} gives {given} here")]
     TooLittleIsolation {
         /// The backend.
         backend: &'static str,

@@ -129,3 +129,27 @@ fn what_is_wrong_has_a_kind_and_a_code() {
         assert_eq!(said["kind"], kind, "{said}");
     }
 }
+
+#[test]
+fn a_storm_gives_each_its_input_and_says_how_they_ended() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let root = root();
+    let dir = root.path().to_str().unwrap();
+    let words = root.path().join("data/words");
+    let words = words.to_str().unwrap();
+    let storm = |program: &[&str]| {
+        let mut arguments = vec![
+            "storm", "--json", "-n", "3", "--root", dir, "--input", words,
+        ];
+        arguments.extend_from_slice(program);
+        output(&arguments)
+    };
+    let good = storm(&["/bin/busybox", "grep", "fig"]);
+    assert!(good.status.success(), "{}", text(&good.stderr));
+    let said: Value = serde_json::from_slice(&good.stdout).unwrap();
+    assert_eq!((&said["wrong"], &said["exit_code"]), (&0.into(), &0.into()));
+    let bad = storm(&["/bin/busybox", "grep", "nothing"]);
+    assert_eq!(bad.status.code(), Some(1));
+    let said: Value = serde_json::from_slice(&bad.stdout).unwrap();
+    assert_eq!((&said["wrong"], &said["exit_code"]), (&0.into(), &1.into()));
+}

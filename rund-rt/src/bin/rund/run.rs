@@ -11,7 +11,7 @@ use carlsbad_types::ByteSize;
 use rund_rt::cgroup::{CgroupPool, Hierarchy, PoolConfig};
 
 use rund_rt::{
-    CloneSpec, Limits, Output, ProcessBackend, Reuse, Runtime, Stats, Stdin, TemplateSpec,
+    CloneSpec, Limits, Output, ProcessBackend, Reuse, Runtime, Stats, Status, Stdin, TemplateSpec,
 };
 use serde_json::json;
 
@@ -92,6 +92,9 @@ pub(crate) fn run(options: &Options, run: &Run) -> anyhow::Result<ExitCode> {
         clone = clone.args(run.program.iter().cloned());
     }
     let exit = runtime.start(&template, clone)?.wait(None)?;
+    if let (Status::TimedOut, Some(time)) = (exit.status, run.timeout) {
+        output::note(&format!("rund: its {time:?} were over: it was ended"));
+    }
     if run.stats {
         let text = if options.json {
             shown(&exit.stats).to_string()
@@ -134,11 +137,16 @@ pub(crate) fn template(options: &Options, command: &TemplateCommand) -> anyhow::
     let Build {
         guest,
         at,
+        deadline,
         output: path,
         program,
     } = build;
     let runtime = runtime(guest, None)?;
-    let template = runtime.prepare(&spec(guest, program)?.snapshot((*at).into()))?;
+    let template = runtime.prepare(
+        &spec(guest, program)?
+            .deadline(*deadline)
+            .snapshot((*at).into()),
+    )?;
     template.save(path)?;
     if options.json {
         output::json(&json!({
