@@ -9,7 +9,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use carlsbad_types::ByteSize;
 use serde_json::json;
 
-use super::guest::Identity;
+use super::agent::Identity;
+use super::guest::end_mark;
 use super::job::{Begun, Job, Origin, Shared};
 use super::machine::{Monitor, failed};
 use super::watchdog::Handle;
@@ -53,22 +54,26 @@ pub(super) fn begin(
     let mut seed = [0; 32];
     rustix::rand::getrandom(&mut seed[..], rustix::rand::GetRandomFlags::empty())
         .map_err(failed("draw entropy"))?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let lines = Identity {
+    let end = end_mark(fastrand::u64(..));
+    let message = Identity {
         id: &id,
         seed,
-        now: now.map_or(0, |now| now.as_secs()),
+        now: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default(),
         args: clone.args.as_ref().unwrap_or(&spec.args),
         env: clone.env.as_ref().unwrap_or(&spec.env),
         cwd: clone.cwd.as_ref().unwrap_or(&spec.cwd),
         input: &input,
+        end: &end,
     }
-    .lines();
+    .message()?;
     let shared = Arc::new(Shared::default());
     let (says, begun) = channel();
     let job = Job {
         origin,
-        lines,
+        message,
+        end,
         output,
         most: clone.limits.output,
         run_time: clone.limits.run_time,

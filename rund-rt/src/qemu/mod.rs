@@ -6,11 +6,11 @@
 //! Where the processor has VMX or SVM, and `/dev/kvm` can be opened, the machine is a hardware
 //! one; else QEMU emulates it.
 
+mod agent;
 mod clone;
 mod guest;
 mod job;
 mod machine;
-mod reseed;
 mod watchdog;
 
 use std::fs::File;
@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use clone::begin;
 use guest::read_until_ready;
 use job::Origin;
-use machine::{Machine, Memory, Shape, failed};
+use machine::{Machine, Shape, Start, failed};
 use watchdog::Watchdog;
 
 pub use guest::initramfs;
@@ -210,7 +210,7 @@ impl Backend for Qemu {
         let state = memory_file(ByteSize::new(0))?;
         let deadline = Instant::now() + spec.deadline;
         // This thread lives until the machine has ended: `save` waits for that.
-        let mut machine = Machine::start(&shape, &memory, Memory::Shared, deadline)?;
+        let mut machine = Machine::start(&shape, &memory, Start::Boot, deadline)?;
         let output = machine.output.take();
         // A guest that never gets there would be waited for for ever.
         let watchdog = Watchdog::start(machine.pid(), spec.deadline)?;
