@@ -26,6 +26,7 @@
     .globl rund_rt_agent_start
     .hidden rund_rt_agent_start
 rund_rt_agent_start:
+    mov r14, [rsp + 16]             # the first argument, or none
     sub rsp, 64
     mov r15d, RUND_BLOCK
     # It names, sets the clock of and resets the machine it is on: never any but one of its own.
@@ -33,6 +34,29 @@ rund_rt_agent_start:
     rund_call 39                    # getpid
     cmp eax, 1
     jne .Lrund_not_started
+    # With an argument, that directory is the root from here on.
+    test r14, r14
+    jz .Lrund_open
+    mov rdi, r14
+    rund_call 80                    # chdir
+    test eax, eax
+    js .Lrund_fail
+    lea rdi, [rip + .Lrund_here]
+    lea rsi, [rip + .Lrund_root]
+    xor edx, edx
+    mov r10d, 8192                  # MS_MOVE
+    xor r8d, r8d
+    rund_call 165                   # mount
+    test eax, eax
+    js .Lrund_fail
+    lea rdi, [rip + .Lrund_here]
+    rund_call 161                   # chroot
+    test eax, eax
+    js .Lrund_fail
+    lea rdi, [rip + .Lrund_root]
+    rund_call 80
+
+.Lrund_open:
     # r12: the kernel's entropy, r13: the program's standard input.
     lea rdi, [rip + .Lrund_urandom]
     mov esi, 0x80002                # O_RDWR | O_CLOEXEC
@@ -227,6 +251,10 @@ rund_rt_agent_start:
     .asciz "/dev/urandom"
 .Lrund_null:
     .asciz "/dev/null"
+.Lrund_here:
+    .asciz "."
+.Lrund_root:
+    .asciz "/"
 .Lrund_input:
     .asciz "input"
 .Lrund_ready:

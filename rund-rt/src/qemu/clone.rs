@@ -14,7 +14,7 @@ use super::guest::end_mark;
 use super::job::{Begun, Job, Origin, Shared};
 use super::machine::{Monitor, failed};
 use super::watchdog::Handle;
-use super::{BACKEND, START, isolation};
+use super::{BACKEND, START, isolation, private_pages};
 use crate::backend::{
     CloneSpec, Exit, Instance, Kill, KillHandle, Output, Stats, Stdin, TemplateSpec,
 };
@@ -48,6 +48,12 @@ pub(super) fn begin(
             why: "backend qemu enters no control group: give its process to a lease".to_owned(),
         });
     }
+    if clone.root.is_some() {
+        return Err(Error::BadSetting {
+            what: "a clone's root",
+            why: "backend qemu has its template's, which its kernel has mounted".to_owned(),
+        });
+    }
     let id = clone
         .id
         .unwrap_or_else(|| format!("{:016x}", fastrand::u64(..)));
@@ -68,6 +74,10 @@ pub(super) fn begin(
         end: &end,
     }
     .message()?;
+    let (template_hit, split_rootfs) = match &origin {
+        Origin::Template(saved) => (true, saved.shape.root.is_some()),
+        Origin::Cold { shape, .. } => (false, shape.root.is_some()),
+    };
     let shared = Arc::new(Shared::default());
     let (says, begun) = channel();
     let job = Job {
@@ -87,6 +97,8 @@ pub(super) fn begin(
     let stats = Stats {
         backend: BACKEND.to_owned(),
         isolation: Some(isolation()),
+        template_hit,
+        split_rootfs,
         pid: Some(pid),
         start: asked.elapsed(),
         ..Stats::default()
@@ -182,6 +194,10 @@ impl Instance for Clone {
     fn stats(&self) -> Result<Stats> {
         let mut stats = self.stats.clone();
         stats.run = self.began.elapsed();
+        if stats.template_hit {
+            // Of one that has ended there is nothing to count.
+            stats.dirty_pages = private_pages::count(self.pid).unwrap_or_default();
+        }
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid));
         stats.pss = text.ok().and_then(|text| {
             let line = text.lines().find(|line| line.starts_with("Pss:"))?;

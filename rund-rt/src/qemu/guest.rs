@@ -33,14 +33,37 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty raw -echo
+split() {
+    mkdir -p /rund/lower /rund/volatile /rund/root &&
+    mount -t erofs -o ro /dev/vda /rund/lower &&
+    mount -t tmpfs volatile /rund/volatile &&
+    mkdir /rund/volatile/upper /rund/volatile/work &&
+    mount -t overlay root /rund/root -o \
+        lowerdir=/rund/lower,upperdir=/rund/volatile/upper,workdir=/rund/volatile/work,volatile &&
+    cd /rund/root &&
+    mkdir -p dev proc sys tmp &&
+    mount --move /dev dev && mount --move /proc proc && mount --move /sys sys
+}
+case " $(cat /proc/cmdline) " in
+    *" rund.split "*)
+        split && exec /bin/rund-agent /rund/root
+        echo "cannot mount the split root"
+        reboot -f ;;
+esac
 exec /bin/rund-agent
 "#;
+
+/// The kernel's argument by which the init knows that the root is split: an erofs image on the first
+/// block device, and a layer in memory over it.
+pub(super) const SPLIT: &str = "rund.split";
 
 /// The initial file system of a Linux guest in the backend `qemu`: busybox, and an init that waits
 /// where a template is saved.
 ///
 /// `busybox` is a static busybox; `files` are more files, by their path inside. The kernel needs
-/// its serial console and devtmpfs built in, as Debian's cloud kernel has them.
+/// its serial console and devtmpfs built in, as Debian's cloud kernel has them; for a split root
+/// ([`Qemu`](crate::Qemu)) also virtio-mmio on its command line, virtio-blk, erofs and overlayfs, as
+/// the condensed kernel has them.
 ///
 /// # Errors
 /// Where a file cannot be read.

@@ -1,18 +1,21 @@
 //! One QEMU process: its serial line on its standard input and output, its monitor (QMP) on a
 //! socket that it inherits.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use carlsbad_types::ByteSize;
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 
+use super::guest::SPLIT;
 use crate::error::{Error, Result};
 
 /// The kernel's arguments: quiet, and a reset where it would wait. The line is emulated at its
@@ -36,7 +39,8 @@ pub(super) struct Shape {
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
     pub(super) memory: ByteSize,
-    pub(super) arguments: String,
+    /// An erofs image, which all machines of this shape read: in one page cache, the host's.
+    pub(super) root: Option<Arc<File>>,
 }
 
 /// How a machine begins.
@@ -72,6 +76,16 @@ impl Shape {
             .arg(backend)
             .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
             .args(["-serial", "stdio", "-sandbox", sandbox]);
+        if let Some(root) = &self.root {
+            command
+                .arg("-blockdev")
+                .arg(format!(
+                    "driver=raw,node-name=r,read-only=on,file.driver=file,file.filename={},\
+                     file.read-only=on,file.locking=off",
+                    path_of(&**root)
+                ))
+                .args(["-device", "virtio-blk-device,drive=r"]);
+        }
         match start {
             Start::Boot => command
                 .arg("-kernel")
@@ -79,7 +93,10 @@ impl Shape {
                 .arg("-initrd")
                 .arg(&self.initramfs)
                 .arg("-append")
-                .arg(format!("{KERNEL} {}", self.arguments)),
+                .arg(match self.root {
+                    Some(_) => format!("{KERNEL} {SPLIT}"),
+                    None => KERNEL.to_owned(),
+                }),
             Start::From { .. } => command.args(["-incoming", "defer"]),
         };
     }
@@ -220,7 +237,7 @@ fn prepare(inherited: &[Option<RawFd>]) -> io::Result<()> {
 }
 
 /// A file of ours, as another process of ours opens it.
-fn path_of(file: &OwnedFd) -> String {
+fn path_of(file: &impl AsRawFd) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
 }
 

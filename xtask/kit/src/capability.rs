@@ -58,6 +58,8 @@ pub enum Capability {
     GuestKernel,
     /// The condensed kernel of `cargo xtask rund-kernel`: see [`condensed_kernel`].
     CondensedKernel,
+    /// `mkfs.erofs`.
+    ErofsTools,
     /// containerd, `ctr` and runc.
     Containerd,
     /// A CUDA driver with a device.
@@ -76,7 +78,7 @@ use Capability as C;
 
 impl Capability {
     /// Every capability, in the order in which `cargo xtask doctor` lists them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         C::Root,
         C::Namespaces,
         C::SharedMemory,
@@ -92,6 +94,7 @@ impl Capability {
         C::Qemu,
         C::GuestKernel,
         C::CondensedKernel,
+        C::ErofsTools,
         C::Containerd,
         C::Cuda,
         C::OnnxRuntime,
@@ -116,6 +119,7 @@ impl Capability {
             C::Qemu => "qemu",
             C::GuestKernel => "guest-kernel",
             C::CondensedKernel => "condensed-kernel",
+            C::ErofsTools => "erofs-utils",
             C::Containerd => "containerd",
             C::Cuda => "cuda",
             C::ControlGroups => "cgroups",
@@ -150,6 +154,7 @@ impl Capability {
             C::Qemu => "apt install qemu-system-x86",
             C::GuestKernel => "cargo xtask vm --fetch",
             C::CondensedKernel => "cargo xtask rund-kernel",
+            C::ErofsTools => "apt install erofs-utils",
             C::Containerd => "apt install containerd runc",
             C::Cuda => "an NVIDIA GPU with its driver",
             C::ControlGroups => "run as root with /sys/fs/cgroup mounted writable",
@@ -271,6 +276,7 @@ impl Capability {
                 Some(kernel) => State::Present(kernel.display().to_string()),
                 None => State::Missing(format!("none in {}", condensed_kernel_dir().display())),
             },
+            C::ErofsTools => runs("mkfs.erofs", &["--help"]),
             C::Containerd => match (C::Runc.probe(), runs("ctr", &["--version"])) {
                 (State::Present(_), State::Present(_)) => runs("containerd", &["--version"]),
                 (State::Missing(why), _) | (_, State::Missing(why)) => State::Missing(why),
