@@ -1,12 +1,18 @@
 //! The backend `qemu`: a real Linux guest, booted once and cloned.
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
+#[path = "qemu/early.rs"]
+mod early;
+
 use std::collections::HashSet;
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use carlsbad_kit::capability::{Capability, guest_kernel};
+use carlsbad_kit::capability::{Capability, condensed_kernel, guest_kernel};
 use carlsbad_kit::leak::LeakGuard;
 use carlsbad_kit::scratch;
 use carlsbad_types::ByteSize;
@@ -148,4 +154,170 @@ fn guests_that_do_not_boot_are_refused_in_time() {
     assert!(qemu.build_template(&spec).is_err());
     let nowhere = Qemu::new().program("/nowhere/qemu");
     assert!(matches!(nowhere.probe(), Err(Error::Unavailable { .. })));
+}
+
+/// Bytes of a file of the image that every guest reads.
+const LOWER: usize = 8 << 20;
+
+/// An erofs image with busybox and a file that nothing can compress.
+fn image(dir: &Path) -> PathBuf {
+    let tree = dir.join("tree");
+    for name in ["bin", "etc"] {
+        fs::create_dir_all(tree.join(name)).unwrap();
+    }
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
+    for name in ["sh", "cat", "md5sum", "hostname", "sleep", "wc"] {
+        std::os::unix::fs::symlink("busybox", tree.join("bin").join(name)).unwrap();
+    }
+    let mut rng = carlsbad_kit::seed::rng("image");
+    let bytes: Vec<u8> = (0..LOWER).map(|_| rng.u8(..)).collect();
+    fs::write(tree.join("etc/lower"), bytes).unwrap();
+    let image = dir.join("image.erofs");
+    let made = Command::new("mkfs.erofs").arg(&image).arg(&tree).output();
+    assert!(made.unwrap().status.success());
+    image
+}
+
+/// Pages of the file that are in the page cache.
+fn cached_pages(path: &Path) -> usize {
+    let file = fs::File::open(path).unwrap();
+    let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
+    let mut pages = vec![0u8; len.div_ceil(4096)];
+    // SAFETY: a mapping of the file's length, which is not read, and one byte for each page of it.
+    unsafe {
+        let (read, shared) = (libc::PROT_READ, libc::MAP_SHARED);
+        let at = libc::mmap(std::ptr::null_mut(), len, read, shared, file.as_raw_fd(), 0);
+        assert_ne!(at, libc::MAP_FAILED);
+        assert_eq!(libc::mincore(at, len, pages.as_mut_ptr()), 0);
+        libc::munmap(at, len);
+    }
+    pages.iter().filter(|page| **page & 1 == 1).count()
+}
+
+#[test]
+fn a_split_root_is_in_the_hosts_memory_once_and_its_upper_layers_are_apart() {
+    carlsbad_kit::require!(
+        Capability::Qemu,
+        Capability::CondensedKernel,
+        Capability::ErofsTools,
+        Capability::Busybox
+    );
+    const GUESTS: usize = 20;
+    let dir = scratch::on_disk().unwrap();
+    let image = image(dir.path());
+    let before = fs::read(&image).unwrap();
+    let spec = spec(dir.path(), condensed_kernel().unwrap()).root(&image);
+    let guard = LeakGuard::beneath(dir.path());
+    let qemu = Qemu::new();
+    let template = qemu.build_template(&spec).unwrap();
+
+    // Out of the page cache, but for what somebody holds.
+    let file = fs::File::open(&image).unwrap();
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let pages = before.len().div_ceil(4096);
+    let cached = cached_pages(&image);
+    assert!(cached < pages / 2, "{cached} of {pages} pages stayed");
+
+    // Each reads all of the file, and stays.
+    let script = "echo $(md5sum < /etc/lower) > /tmp/sum; sleep 1000";
+    let clones: Vec<_> = (0..GUESTS)
+        .map(|_| qemu.clone_from(&template, shell(script)).unwrap())
+        .collect();
+    let start = Instant::now();
+    let lower = (LOWER / 4096) as u64;
+    for clone in &clones {
+        while clone.stats().unwrap().dirty_pages < lower {
+            assert!(start.elapsed() < PATIENCE.unwrap());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    // A page cache is of an inode: it is the same in all of them, and is used.
+    let cached = cached_pages(&image);
+    assert!(
+        cached >= LOWER / 4096,
+        "{cached} of {pages} pages are cached"
+    );
+    let inode = file.metadata().unwrap().ino();
+    for clone in &clones {
+        let stats = clone.stats().unwrap();
+        assert!(stats.split_rootfs && stats.template_hit);
+        let files = fs::read_dir(format!("/proc/{}/fd", stats.pid.unwrap())).unwrap();
+        let disks = files
+            .filter_map(|file| fs::metadata(file.ok()?.path()).ok())
+            .filter(|file| file.ino() == inode)
+            .count();
+        assert!(disks >= 1);
+    }
+    drop(clones);
+
+    // What one writes no other sees, and it is not in the image.
+    let script = "test ! -e /etc/mine && hostname > /etc/mine && echo x >> /etc/lower && \
+                  cat /etc/mine && wc -c < /etc/lower && test ! -e /bin/rund-agent";
+    let clones: Vec<_> = (0..3)
+        .map(|n| {
+            let clone = shell(script).id(format!("guest-{n}"));
+            qemu.clone_from(&template, clone).unwrap()
+        })
+        .collect();
+    for (n, clone) in clones.iter().enumerate() {
+        let exit = clone.wait(PATIENCE).unwrap();
+        let said = String::from_utf8_lossy(&exit.stdout).into_owned();
+        assert_eq!(said, format!("guest-{n}\n{}\n", LOWER + 2));
+        assert_eq!(exit.status, Status::Code(0));
+    }
+    assert!(fs::read(&image).unwrap() == before);
+    drop((clones, template, file));
+    guard.check();
+
+    // No image, no root.
+    let mut bad = spec.clone().root(dir.path());
+    assert!(matches!(
+        qemu.build_template(&bad),
+        Err(Error::Rootfs { .. })
+    ));
+    bad.root = Some(spec.initramfs.clone().unwrap());
+    assert!(matches!(
+        qemu.build_template(&bad),
+        Err(Error::Rootfs { .. })
+    ));
+}
+
+#[test]
+fn no_page_of_a_kernels_text_is_a_clones_own_because_it_was_saved_after_patching() {
+    carlsbad_kit::require!(
+        Capability::Qemu,
+        Capability::CondensedKernel,
+        Capability::Busybox
+    );
+    let kernel = condensed_kernel().unwrap();
+    let symbols = early::Symbols::beside(&kernel);
+    let dir = scratch::on_disk().unwrap();
+    let spec = spec(dir.path(), kernel.clone());
+    let qemu = Qemu::new();
+    let template = qemu.build_template(&spec).unwrap();
+    // It reads, writes and makes processes; 4 MiB later it has done so.
+    let script = "for n in 1 2 3; do ls /bin | sort | md5sum; done > /tmp/x; \
+                  head -c 4194304 /dev/zero > /tmp/y; sleep 1000";
+    let clone = qemu.clone_from(&template, shell(script)).unwrap();
+    let start = Instant::now();
+    while clone.stats().unwrap().dirty_pages < 1024 {
+        assert!(start.elapsed() < PATIENCE.unwrap());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let pid = clone.pid().unwrap();
+    let (own, all) = symbols.private_text(pid, "memfd:rund-qemu");
+    println!("saved after patching: {own} of {all} pages of text are the clone's own");
+    assert!(all > 500);
+    assert_eq!(own, 0);
+
+    // The control: saved when it was about to patch itself.
+    let place = scratch::on_tmpfs().unwrap();
+    let initramfs = spec.initramfs.clone().unwrap();
+    let patches = symbols.get("alternative_instructions");
+    let early = early::Machine::cloned_at(place.path(), &kernel, &initramfs, patches);
+    let memory = place.path().join("memory");
+    let (own, all) = symbols.private_text(early.child.id(), memory.to_str().unwrap());
+    println!("saved before patching: {own} of {all} pages of text are the clone's own");
+    assert!(own > 0);
 }

@@ -10,6 +10,7 @@ mod data;
 mod doctor;
 mod figures;
 mod peers;
+mod rund_kernel;
 mod shell;
 mod soak;
 mod vm;
@@ -44,6 +45,8 @@ enum Command {
     Soak(soak::Arguments),
     /// Run a crate's tests on another kernel, in QEMU.
     Vm(vm::Arguments),
+    /// Build the condensed kernel of rund-rt's QEMU guests, and measure it beside Debian's.
+    RundKernel(rund_kernel::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -65,5 +68,6 @@ fn run(command: Command) -> Result<()> {
         Command::Peers(arguments) => peers::run(&arguments),
         Command::Soak(arguments) => soak::run(&arguments),
         Command::Vm(arguments) => vm::run(&arguments),
+        Command::RundKernel(arguments) => rund_kernel::run(&arguments),
     }
 }

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use carlsbad_types::ByteSize;
 use serde_json::json;
 
-use super::guest::Identity;
+use super::agent::Identity;
+use super::guest::end_mark;
 use super::job::{Begun, Job, Origin, Shared};
 use super::machine::{Monitor, failed};
 use super::watchdog::Handle;
-use super::{BACKEND, START, isolation};
+use super::{BACKEND, START, isolation, private_pages};
 use crate::backend::{
     CloneSpec, Exit, Instance, Kill, KillHandle, Output, Stats, Stdin, TemplateSpec,
 };
@@ -47,28 +48,42 @@ pub(super) fn begin(
             why: "backend qemu enters no control group: give its process to a lease".to_owned(),
         });
     }
+    if clone.root.is_some() {
+        return Err(Error::BadSetting {
+            what: "a clone's root",
+            why: "backend qemu has its template's, which its kernel has mounted".to_owned(),
+        });
+    }
     let id = clone
         .id
         .unwrap_or_else(|| format!("{:016x}", fastrand::u64(..)));
     let mut seed = [0; 32];
     rustix::rand::getrandom(&mut seed[..], rustix::rand::GetRandomFlags::empty())
         .map_err(failed("draw entropy"))?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let lines = Identity {
+    let end = end_mark(fastrand::u64(..));
+    let message = Identity {
         id: &id,
         seed,
-        now: now.map_or(0, |now| now.as_secs()),
+        now: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default(),
         args: clone.args.as_ref().unwrap_or(&spec.args),
         env: clone.env.as_ref().unwrap_or(&spec.env),
         cwd: clone.cwd.as_ref().unwrap_or(&spec.cwd),
         input: &input,
+        end: &end,
     }
-    .lines();
+    .message()?;
+    let (template_hit, split_rootfs) = match &origin {
+        Origin::Template(saved) => (true, saved.shape.root.is_some()),
+        Origin::Cold { shape, .. } => (false, shape.root.is_some()),
+    };
     let shared = Arc::new(Shared::default());
     let (says, begun) = channel();
     let job = Job {
         origin,
-        lines,
+        message,
+        end,
         output,
         most: clone.limits.output,
         run_time: clone.limits.run_time,
@@ -82,6 +97,8 @@ pub(super) fn begin(
     let stats = Stats {
         backend: BACKEND.to_owned(),
         isolation: Some(isolation()),
+        template_hit,
+        split_rootfs,
         pid: Some(pid),
         start: asked.elapsed(),
         ..Stats::default()
@@ -177,6 +194,10 @@ impl Instance for Clone {
     fn stats(&self) -> Result<Stats> {
         let mut stats = self.stats.clone();
         stats.run = self.began.elapsed();
+        if stats.template_hit {
+            // Of one that has ended there is nothing to count.
+            stats.dirty_pages = private_pages::count(self.pid).unwrap_or_default();
+        }
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid));
         stats.pss = text.ok().and_then(|text| {
             let line = text.lines().find(|line| line.starts_with("Pss:"))?;

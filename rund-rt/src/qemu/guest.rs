@@ -8,18 +8,23 @@ use std::path::Path;
 
 use carlsbad_types::ByteSize;
 
-use super::reseed;
+use super::agent;
 use crate::error::{Error, Result};
 
 /// What the guest says when it is to be saved.
 pub(super) const READY: &[u8] = b"RUND-READY";
-/// What it says before the program's output, and, with the exit code, behind it.
+/// What it says before the program's output.
 pub(super) const BEGIN: &[u8] = b"RUND-BEGIN\n";
-pub(super) const END: &[u8] = b"\nRUND-END ";
 
-/// The guest's first process. It ends by a reset, which ends QEMU: without ACPI there is no power to
-/// switch off. All that differs between clones comes behind the mark: a name, the
-/// time, and entropy, without which every clone would draw the same random numbers.
+/// What a guest says behind its program's output, and before the exit code. It has `nonce` in it:
+/// what a program happens to print is not taken for its end.
+pub(super) fn end_mark(nonce: u64) -> Vec<u8> {
+    format!("\nRUND-END {nonce:016x} ").into_bytes()
+}
+
+/// The guest's first process until it can be saved: the agent goes on from there, and says that it
+/// is ready. All that differs between clones comes behind that: a name, the time, and entropy,
+/// without which every clone would draw the same random numbers.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -28,34 +33,37 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty raw -echo
-echo RUND-READY
-read -r id
-read -r seed
-read -r now
-read -r length
-read -r command
-hostname "$id"
-echo "$seed" | xxd -r -p | /bin/reseed
-date -s "@$now" > /dev/null
-printf "$command" > /command
-echo RUND-BEGIN
-if [ "$length" = 0 ]; then
-    sh /command < /dev/null
-else
-    head -c "$length" > /input
-    sh /command < /input
-fi
-code=$?
-echo
-echo "RUND-END $code"
-reboot -f
+split() {
+    mkdir -p /rund/lower /rund/volatile /rund/root &&
+    mount -t erofs -o ro /dev/vda /rund/lower &&
+    mount -t tmpfs volatile /rund/volatile &&
+    mkdir /rund/volatile/upper /rund/volatile/work &&
+    mount -t overlay root /rund/root -o \
+        lowerdir=/rund/lower,upperdir=/rund/volatile/upper,workdir=/rund/volatile/work,volatile &&
+    cd /rund/root &&
+    mkdir -p dev proc sys tmp &&
+    mount --move /dev dev && mount --move /proc proc && mount --move /sys sys
+}
+case " $(cat /proc/cmdline) " in
+    *" rund.split "*)
+        split && exec /bin/rund-agent /rund/root
+        echo "cannot mount the split root"
+        reboot -f ;;
+esac
+exec /bin/rund-agent
 "#;
+
+/// The kernel's argument by which the init knows that the root is split: an erofs image on the first
+/// block device, and a layer in memory over it.
+pub(super) const SPLIT: &str = "rund.split";
 
 /// The initial file system of a Linux guest in the backend `qemu`: busybox, and an init that waits
 /// where a template is saved.
 ///
 /// `busybox` is a static busybox; `files` are more files, by their path inside. The kernel needs
-/// its serial console and devtmpfs built in, as Debian's cloud kernel has them.
+/// its serial console and devtmpfs built in, as Debian's cloud kernel has them; for a split root
+/// ([`Qemu`](crate::Qemu)) also virtio-mmio on its command line, virtio-blk, erofs and overlayfs, as
+/// the condensed kernel has them.
 ///
 /// # Errors
 /// Where a file cannot be read.
@@ -67,7 +75,7 @@ pub fn initramfs(busybox: &Path, files: &[(&Path, &Path)]) -> Result<Vec<u8>> {
     let read = |path: &Path| std::fs::read(path).map_err(Error::io("read", path));
     archive.add(b"bin/busybox", 0o100_755, &read(busybox)?);
     archive.add(b"init", 0o100_755, INIT.as_bytes());
-    archive.add(b"bin/reseed", 0o100_755, &reseed::program());
+    archive.add(b"bin/rund-agent", 0o100_755, &agent::program()?);
     for (inside, host) in files {
         let name = inside.strip_prefix("/").unwrap_or(inside);
         archive.add(name.as_os_str().as_bytes(), 0o100_755, &read(host)?);
@@ -123,123 +131,84 @@ impl Archive {
     }
 }
 
-/// What a clone has of its own.
-pub(super) struct Identity<'a> {
-    pub(super) id: &'a str,
-    pub(super) seed: [u8; 32],
-    /// Seconds since 1970.
-    pub(super) now: u64,
-    pub(super) args: &'a [std::ffi::OsString],
-    pub(super) env: &'a [std::ffi::OsString],
-    pub(super) cwd: &'a Path,
-    pub(super) input: &'a [u8],
-}
-
-impl Identity<'_> {
-    /// What is sent to the guest behind the mark.
-    pub(super) fn lines(&self) -> Vec<u8> {
-        let mut lines = String::new();
-        let hex: String = self.seed.iter().fold(String::new(), |mut hex, byte| {
-            let _written = write!(hex, "{byte:02x}");
-            hex
-        });
-        // An id with a line's end in it would be two lines.
-        let id: String = self.id.chars().filter(|one| !one.is_control()).collect();
-        let _written = writeln!(lines, "{id}\n{hex}\n{}\n{}", self.now, self.input.len());
-        for byte in self.command() {
-            let _written = write!(lines, "\\{byte:03o}");
-        }
-        lines.push('\n');
-        let mut bytes = lines.into_bytes();
-        bytes.extend(self.input);
-        bytes
-    }
-
-    /// A line for the guest's shell.
-    fn command(&self) -> Vec<u8> {
-        let mut command = b"cd ".to_vec();
-        quote(self.cwd.as_os_str().as_bytes(), &mut command);
-        command.extend(b" && exec env -i");
-        for word in self.env.iter().chain(self.args) {
-            command.push(b' ');
-            quote(word.as_bytes(), &mut command);
-        }
-        command
-    }
-}
-
-/// For a shell: in single quotes, inside of which nothing is special but they themselves.
-fn quote(word: &[u8], into: &mut Vec<u8>) {
-    into.push(b'\'');
-    for byte in word {
-        match byte {
-            b'\'' => into.extend(br"'\''"),
-            byte => into.push(*byte),
-        }
-    }
-    into.push(b'\'');
-}
-
 /// A program's output as it comes over the serial line.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Transcript {
     seen: Vec<u8>,
     begun: bool,
+    /// What comes before the exit code.
+    end: Vec<u8>,
     /// No more than so much of it is kept.
     most: usize,
     dropped: bool,
+    code: Option<i32>,
 }
 
+/// The longest exit code, and a line's end.
+const CODE: usize = 4;
+
 impl Transcript {
-    pub(super) fn new(most: ByteSize) -> Self {
+    pub(super) fn new(most: ByteSize, end: Vec<u8>) -> Self {
         Self {
+            seen: Vec::new(),
+            begun: false,
+            end,
             most: usize::try_from(most.get()).unwrap_or(usize::MAX),
-            ..Self::default()
+            dropped: false,
+            code: None,
         }
     }
 
-    pub(super) fn push(&mut self, bytes: &[u8]) {
+    /// Takes what came; whether it was the last that the guest has to say.
+    pub(super) fn push(&mut self, bytes: &[u8]) -> bool {
+        // What came before is searched again only where a mark may have begun in it.
+        let known = self.seen.len().saturating_sub(self.end.len() + CODE);
         self.seen.extend(bytes);
+        let mut from = known;
         if !self.begun
             && let Some(at) = find(&self.seen, BEGIN)
         {
             self.seen.drain(..at + BEGIN.len());
             self.begun = true;
+            from = 0;
+        }
+        if !self.begun {
+            return false;
+        }
+        if let Some(at) = find(&self.seen[from..], &self.end)
+            && let Some(length) = find(&self.seen[from + at + self.end.len()..], b"\n")
+        {
+            let at = from + at;
+            let code = &self.seen[at + self.end.len()..][..length];
+            self.code = std::str::from_utf8(code)
+                .ok()
+                .and_then(|code| code.trim().parse().ok());
+            self.seen.truncate(at);
+            return true;
         }
         // The end's mark is in the last few bytes, which are always kept.
-        let tail = END.len() + 16;
-        if self.begun && self.seen.len() > self.most.saturating_add(2 * tail) {
+        let tail = self.end.len() + CODE;
+        if self.seen.len() > self.most.saturating_add(2 * tail) {
             let from = self.seen.len() - tail;
             self.seen.drain(self.most..from);
             self.dropped = true;
         }
+        false
     }
 
     /// The output, the exit code where the guest said one, and whether output was dropped.
     pub(super) fn finish(mut self) -> (Vec<u8>, Option<i32>, bool) {
-        let Some(at) = find_last(&self.seen, END) else {
-            if !self.begun {
-                self.seen.clear();
-            }
-            return (self.seen, None, self.dropped);
-        };
-        // The kernel may have a last word behind it.
-        let code = std::str::from_utf8(&self.seen[at + END.len()..])
-            .ok()
-            .and_then(|text| text.lines().next()?.trim().parse().ok());
-        self.seen.truncate(at);
+        if !self.begun {
+            self.seen.clear();
+        }
         let dropped = self.dropped || self.seen.len() > self.most;
         self.seen.truncate(self.most);
-        (self.seen, code, dropped)
+        (self.seen, self.code, dropped)
     }
 }
 
 pub(super) fn find(bytes: &[u8], mark: &[u8]) -> Option<usize> {
     bytes.windows(mark.len()).position(|window| window == mark)
-}
-
-fn find_last(bytes: &[u8], mark: &[u8]) -> Option<usize> {
-    bytes.windows(mark.len()).rposition(|window| window == mark)
 }
 
 /// Reads the console up to the mark; else what was said instead.
@@ -263,41 +232,37 @@ pub(super) fn read_until_ready(mut console: impl Read) -> std::result::Result<()
 
 #[cfg(test)]
 mod tests {
-    use super::{Archive, Transcript, quote};
+    use super::{Archive, Transcript, end_mark};
     use carlsbad_types::ByteSize;
 
     #[test]
     fn output_is_between_the_marks() {
-        let mut transcript = Transcript::new(ByteSize::kib(1));
-        for part in [
-            "noise\nRUND-BE",
-            "GIN\nhello\nRUND-END is said\n",
-            "\nRUND-END 3\n",
-        ] {
-            transcript.push(part.as_bytes());
+        let text = b"noise\nRUND-BEGIN\nhello\nRUND-END is said\n\nRUND-END 0000000000000007 003\n";
+        // In however many pieces it comes.
+        for piece in [1, 2, 7, text.len()] {
+            let mut transcript = Transcript::new(ByteSize::kib(1), end_mark(7));
+            let pieces: Vec<_> = text.chunks(piece).collect();
+            let (last, others) = pieces.split_last().unwrap();
+            for piece in others {
+                assert!(!transcript.push(piece));
+            }
+            assert!(transcript.push(last));
+            let (output, code, dropped) = transcript.finish();
+            assert_eq!(output, b"hello\nRUND-END is said\n");
+            assert_eq!((code, dropped), (Some(3), false));
         }
-        let (output, code, dropped) = transcript.finish();
-        assert_eq!(output, b"hello\nRUND-END is said\n");
-        assert_eq!((code, dropped), (Some(3), false));
     }
 
     #[test]
     fn too_much_output_is_dropped_and_the_code_is_not() {
-        let mut transcript = Transcript::new(ByteSize::new(4));
+        let mut transcript = Transcript::new(ByteSize::new(4), end_mark(7));
         transcript.push(b"RUND-BEGIN\n");
         for _ in 0..100 {
             transcript.push(b"0123456789");
         }
-        transcript.push(b"\nRUND-END 0\n");
+        assert!(transcript.push(b"\nRUND-END 0000000000000007 000\n"));
         let (output, code, dropped) = transcript.finish();
         assert_eq!((&output[..], code, dropped), (&b"0123"[..], Some(0), true));
-    }
-
-    #[test]
-    fn words_are_quoted_for_a_shell() {
-        let mut quoted = Vec::new();
-        quote(b"it's $x", &mut quoted);
-        assert_eq!(quoted, br"'it'\''s $x'");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use carlsbad_types::ByteSize;
 
 use super::guest::{Transcript, read_until_ready};
-use super::machine::{Machine, Memory, Monitor, Shape, failed};
+use super::machine::{Machine, Monitor, Shape, Start, failed};
 use super::watchdog::Watchdog;
 use super::{START, Saved};
 use crate::backend::{Exit, Status};
@@ -44,7 +44,10 @@ impl Shared {
 /// What the thread of a machine does: it starts QEMU, and lives as long.
 pub(super) struct Job {
     pub(super) origin: Origin,
-    pub(super) lines: Vec<u8>,
+    /// What the guest is told.
+    pub(super) message: Vec<u8>,
+    /// What it says before its exit code.
+    pub(super) end: Vec<u8>,
     pub(super) output: Option<Option<File>>,
     pub(super) most: ByteSize,
     pub(super) run_time: Option<Duration>,
@@ -70,17 +73,14 @@ impl Job {
 
     fn begin(&self) -> Result<(Machine, Monitor)> {
         let deadline = Instant::now() + START;
-        let machine = match &self.origin {
+        let (shape, memory, start) = match &self.origin {
             Origin::Template(saved) => {
-                let mut machine =
-                    Machine::start(&saved.shape, &saved.memory, Memory::Private, deadline)?;
-                machine.restore(&saved.state, deadline)?;
-                machine
+                let state = &saved.state;
+                (&saved.shape, &saved.memory, Start::From { state })
             }
-            Origin::Cold { shape, memory } => {
-                Machine::start(shape, memory, Memory::Shared, deadline)?
-            }
+            Origin::Cold { shape, memory } => (shape, memory, Start::Boot),
         };
+        let machine = Machine::start(shape, memory, start, deadline)?;
         let monitor = machine.monitor()?;
         Ok((machine, monitor))
     }
@@ -99,24 +99,28 @@ impl Job {
             // A kernel that boots takes what comes too early for its own.
             read_until_ready(&mut output).map_err(|why| Error::NoSnapshot { why })?;
         }
-        let mut transcript = Transcript::new(self.most);
+        let mut transcript = Transcript::new(self.most, std::mem::take(&mut self.end));
         // A guest that does not read its input must not keep us from reading its output.
-        let lines = std::mem::take(&mut self.lines);
-        thread::scope(|scope| {
+        let message = std::mem::take(&mut self.message);
+        let signal = thread::scope(|scope| {
             scope.spawn(move || {
-                let _guest_is_gone = input.write_all(&lines);
+                let _guest_is_gone = input.write_all(&message);
                 // Kept open: the end of its console would be the end of QEMU's.
                 drop(input);
             });
             let mut chunk = [0; CHUNK];
             while let Ok(n) = output.read(&mut chunk) {
                 if n == 0 {
+                    return machine.wait();
+                }
+                if transcript.push(&chunk[..n]) {
                     break;
                 }
-                transcript.push(&chunk[..n]);
             }
-        });
-        let signal = machine.wait()?;
+            // It has said all; its own way out of the machine would be a long one. This also frees
+            // a writer that the guest does not read from.
+            machine.end()
+        })?;
         let (said, code, truncated) = transcript.finish();
         let timed_out = time.is_some_and(|time| time.has_fired());
         let status = match (code, signal) {

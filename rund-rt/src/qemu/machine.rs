@@ -1,23 +1,26 @@
-//! One QEMU process: its serial line on its standard input and output, and its monitor (QMP) on a
-//! socket.
+//! One QEMU process: its serial line on its standard input and output, its monitor (QMP) on a
+//! socket that it inherits.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use carlsbad_types::ByteSize;
+use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 
+use super::guest::SPLIT;
 use crate::error::{Error, Result};
 
-/// Where a machine's sockets lie for a moment, until both sides have opened them.
-const SOCKETS: &str = "/tmp";
-/// The kernel's arguments: quiet, and a reset where it would wait.
-const KERNEL: &str = "console=ttyS0 quiet reboot=t panic=-1 random.trust_cpu=on";
+/// The kernel's arguments: quiet, and a reset where it would wait. The line is emulated at its
+/// speed: a quarter of a millisecond passes until the last few bytes are taken for the last.
+const KERNEL: &str = "console=ttyS0,115200 quiet reboot=t panic=-1 random.trust_cpu=on";
 
 /// For `map_err`.
 pub(super) fn failed<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Error {
@@ -36,14 +39,67 @@ pub(super) struct Shape {
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
     pub(super) memory: ByteSize,
-    pub(super) arguments: String,
+    /// An erofs image, which all machines of this shape read: in one page cache, the host's.
+    pub(super) root: Option<Arc<File>>,
 }
 
-/// Whether a machine writes to the memory file, or to pages of its own over it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Memory {
-    Shared,
-    Private,
+/// How a machine begins.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Start<'a> {
+    /// It boots, and writes to the memory file.
+    Boot,
+    /// It goes on from a state that another machine of this shape wrote, with pages of its own over
+    /// the memory file.
+    From { state: &'a OwnedFd },
+}
+
+impl Shape {
+    /// What all machines of this shape are started with. Those that go on from a state have their
+    /// kernel already, and need not read it again.
+    fn arguments(&self, memory: &OwnedFd, start: Start<'_>, command: &mut Command) {
+        let (share, sandbox) = match start {
+            Start::Boot => ("on", "on,obsolete=deny,elevateprivileges=deny"),
+            // Nor does it start a program, as the first does to save its state.
+            Start::From { .. } => ("off", "on,obsolete=deny,elevateprivileges=deny,spawn=deny"),
+        };
+        let backend = format!(
+            "memory-backend-file,id=m,size={},mem-path={},share={share}",
+            self.memory.get(),
+            path_of(memory),
+        );
+        command
+            .args(["-M", "microvm,acpi=off,memory-backend=m"])
+            .args(["-accel", self.accelerator, "-cpu", "max"])
+            .arg("-m")
+            .arg(format!("{}B", self.memory.get()))
+            .arg("-object")
+            .arg(backend)
+            .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
+            .args(["-serial", "stdio", "-sandbox", sandbox]);
+        if let Some(root) = &self.root {
+            command
+                .arg("-blockdev")
+                .arg(format!(
+                    "driver=raw,node-name=r,read-only=on,file.driver=file,file.filename={},\
+                     file.read-only=on,file.locking=off",
+                    path_of(&**root)
+                ))
+                .args(["-device", "virtio-blk-device,drive=r"]);
+        }
+        match start {
+            Start::Boot => command
+                .arg("-kernel")
+                .arg(&self.kernel)
+                .arg("-initrd")
+                .arg(&self.initramfs)
+                .arg("-append")
+                .arg(match self.root {
+                    Some(_) => format!("{KERNEL} {SPLIT}"),
+                    None => KERNEL.to_owned(),
+                }),
+            Start::From { .. } => command.args(["-incoming", "defer"]),
+        };
+    }
 }
 
 /// A running QEMU. It is killed when it is dropped.
@@ -56,59 +112,44 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    /// Starts a machine whose memory is the file behind `memory`. It runs at once, or waits for a
-    /// state ([`restore`](Self::restore)).
+    /// Starts a machine whose memory is the file behind `memory`. It runs when this returns.
     ///
     /// The thread that calls this has to live as long as the machine: QEMU is killed with it.
     pub(super) fn start(
         shape: &Shape,
         memory: &OwnedFd,
-        kind: Memory,
+        start: Start<'_>,
         deadline: Instant,
     ) -> Result<Self> {
-        let socket = Path::new(SOCKETS).join(format!("rund-qmp-{:016x}", fastrand::u64(..)));
-        let backend = format!(
-            "memory-backend-file,id=m,size={},mem-path={},share={}",
-            shape.memory.get(),
-            path_of(memory),
-            if kind == Memory::Shared { "on" } else { "off" }
-        );
+        let (ours, theirs) = UnixStream::pair().map_err(failed("make a monitor's socket"))?;
         let mut command = Command::new(&shape.program);
+        shape.arguments(memory, start, &mut command);
         command
-            .args(["-M", "microvm,acpi=off,memory-backend=m"])
-            .args(["-accel", shape.accelerator, "-cpu", "max"])
-            .arg("-m")
-            .arg(format!("{}B", shape.memory.get()))
-            .arg("-object")
-            .arg(backend)
-            .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
-            .args([
-                "-serial",
-                "stdio",
-                "-sandbox",
-                "on,obsolete=deny,elevateprivileges=deny",
-            ])
-            .arg("-qmp")
-            .arg(format!("unix:{},server=on,wait=off", socket.display()))
-            .arg("-kernel")
-            .arg(&shape.kernel)
-            .arg("-initrd")
-            .arg(&shape.initramfs)
-            .arg("-append")
-            .arg(format!("{KERNEL} {}", shape.arguments));
-        if kind == Memory::Private {
-            command.args(["-incoming", "defer"]);
-        }
+            .arg("-chardev")
+            .arg(format!("socket,id=q,fd={}", theirs.as_raw_fd()))
+            .args(["-mon", "chardev=q,mode=control"]);
+        let state = match start {
+            Start::Boot => None,
+            // One file for each, since each reads from where it is in it.
+            Start::From { state } => {
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                let state = rustix::fs::open(path_of(state), flags, Mode::empty());
+                Some(state.map_err(failed("open its state"))?)
+            }
+        };
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null());
-        // SAFETY: between fork and exec it makes one system call, which is async-signal-safe.
-        unsafe { command.pre_exec(die_with_parent) };
+        let inherited = [
+            Some(theirs.as_raw_fd()),
+            state.as_ref().map(OwnedFd::as_raw_fd),
+        ];
+        // SAFETY: between fork and exec it makes a few system calls, which are async-signal-safe.
+        unsafe { command.pre_exec(move || prepare(&inherited)) };
         let mut child = command.spawn().map_err(failed("start"))?;
-        let monitor = Monitor::connect(&socket, &mut child, deadline);
-        let _opened = std::fs::remove_file(&socket);
-        let monitor = match monitor {
+        drop(theirs);
+        let monitor = match Monitor::begin(ours, state.as_ref(), deadline) {
             Ok(monitor) => monitor,
             Err(why) => {
                 let _gone = child.kill();
@@ -133,36 +174,14 @@ impl Machine {
         self.monitor.again()
     }
 
-    /// Stops it and writes all but its memory to the file behind `state`.
+    /// Writes all but its memory to the file behind `state`, and ends it.
     pub(super) fn save(&mut self, state: &OwnedFd, deadline: Instant) -> Result<()> {
-        self.monitor.run("stop", &json!({}))?;
-        self.ignore_memory()?;
-        // A path of digits and slashes: the shell that QEMU calls has nothing to take apart.
+        // Not stopped before: what is saved is a machine that runs, and so will be its clones. The
+        // path has digits and slashes: the shell that QEMU calls has nothing to take apart.
         let uri = format!("exec:cat > {}", path_of(state));
         self.monitor.run("migrate", &json!({ "uri": uri }))?;
         self.migrated(deadline)?;
-        // It may go before it has answered.
-        let _gone = self.monitor.run("quit", &json!({}));
-        self.wait().map(|_| ())
-    }
-
-    /// Reads the state that another machine of this shape wrote, and goes on from there.
-    pub(super) fn restore(&mut self, state: &OwnedFd, deadline: Instant) -> Result<()> {
-        self.ignore_memory()?;
-        let uri = format!("exec:cat {}", path_of(state));
-        self.monitor
-            .run("migrate-incoming", &json!({ "uri": uri }))?;
-        self.migrated(deadline)?;
-        self.monitor.run("cont", &json!({}))?;
-        Ok(())
-    }
-
-    /// Memory is in a file that both sides map: it is not sent.
-    fn ignore_memory(&mut self) -> Result<()> {
-        let capability = json!([{"capability": "x-ignore-shared", "state": true}]);
-        let arguments = json!({ "capabilities": capability });
-        self.monitor.run("migrate-set-capabilities", &arguments)?;
-        Ok(())
+        self.end().map(|_| ())
     }
 
     fn migrated(&mut self, deadline: Instant) -> Result<()> {
@@ -181,6 +200,12 @@ impl Machine {
         }
     }
 
+    /// Ends it: nothing in it is needed any more.
+    pub(super) fn end(&mut self) -> Result<Option<i32>> {
+        self.child.kill().map_err(failed("end it"))?;
+        self.wait()
+    }
+
     /// Waits for its end; whether it was killed.
     pub(super) fn wait(&mut self) -> Result<Option<i32>> {
         use std::os::unix::process::ExitStatusExt;
@@ -197,17 +222,22 @@ impl Drop for Machine {
     }
 }
 
-/// Has the kernel kill this process with the thread that started it.
-fn die_with_parent() -> io::Result<()> {
+/// Has the kernel kill this process with the thread that started it, and leave it some files.
+fn prepare(inherited: &[Option<RawFd>]) -> io::Result<()> {
     // SAFETY: prctl takes numbers, and writes no memory.
-    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) } {
+    let mut done = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+    for file in inherited.iter().flatten() {
+        // SAFETY: fcntl with F_SETFD takes numbers, and writes no memory.
+        done |= unsafe { libc::fcntl(*file, libc::F_SETFD, 0) };
+    }
+    match done {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
 /// A file of ours, as another process of ours opens it.
-fn path_of(file: &OwnedFd) -> String {
+fn path_of(file: &impl AsRawFd) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
 }
 
@@ -221,29 +251,45 @@ pub(super) struct Monitor {
 const ANSWER: Duration = Duration::from_secs(30);
 
 impl Monitor {
-    fn connect(socket: &Path, child: &mut Child, deadline: Instant) -> Result<Self> {
-        let stream = loop {
-            match UnixStream::connect(socket) {
-                Ok(stream) => break stream,
-                Err(why) => {
-                    if let Ok(Some(status)) = child.try_wait() {
-                        return Err(failed("start")(status));
-                    }
-                    if Instant::now() > deadline {
-                        return Err(failed("reach its monitor")(why));
-                    }
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            }
-        };
+    /// Waits until the machine behind this socket runs; before that it reads the state that it
+    /// has inherited.
+    fn begin(mut stream: UnixStream, state: Option<&OwnedFd>, deadline: Instant) -> Result<Self> {
+        // Memory is in a file that both sides map: it is not sent.
+        let ignore = json!([{"capability": "x-ignore-shared", "state": true}]);
+        let mut asked = vec![
+            json!({"execute": "qmp_capabilities"}),
+            json!({"execute": "migrate-set-capabilities", "arguments": {"capabilities": ignore}}),
+        ];
+        if let Some(state) = state {
+            let uri = format!("fd:{}", state.as_raw_fd());
+            asked.push(json!({"execute": "migrate-incoming", "arguments": {"uri": uri}}));
+        }
+        asked.push(json!({"execute": "query-status"}));
+        // All of it before there is anybody to answer: one turn, not five.
+        let asked: String = asked.iter().map(Value::to_string).collect();
         stream
-            .set_read_timeout(Some(ANSWER))
+            .write_all(asked.as_bytes())
+            .map_err(failed("speak to it"))?;
+        let patience = deadline.saturating_duration_since(Instant::now());
+        stream
+            .set_read_timeout(Some(patience.clamp(Duration::from_millis(1), ANSWER)))
             .map_err(failed("reach its monitor"))?;
         let mut monitor = Self {
             lines: BufReader::new(stream),
         };
-        let _greeting = monitor.hear()?;
-        monitor.run("qmp_capabilities", &json!({}))?;
+        loop {
+            let said = monitor.hear()?;
+            if said["return"]["running"] == true || said["event"] == "RESUME" {
+                break;
+            }
+            if let Some(error) = said.get("error") {
+                return Err(failed("start")(&error["desc"]));
+            }
+        }
+        let stream = monitor.lines.get_ref();
+        stream
+            .set_read_timeout(Some(ANSWER))
+            .map_err(failed("reach its monitor"))?;
         Ok(monitor)
     }
 

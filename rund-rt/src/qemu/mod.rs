@@ -6,11 +6,12 @@
 //! Where the processor has VMX or SVM, and `/dev/kvm` can be opened, the machine is a hardware
 //! one; else QEMU emulates it.
 
+mod agent;
 mod clone;
 mod guest;
 mod job;
 mod machine;
-mod reseed;
+mod private_pages;
 mod watchdog;
 
 use std::fs::File;
@@ -27,10 +28,11 @@ use crate::backend::{
     Backend, Capabilities, CloneSpec, Instance, Isolation, SavedState, Template, TemplateSpec,
 };
 use crate::error::{Error, Result};
+use crate::rootfs::{Format, Image};
 use clone::begin;
 use guest::read_until_ready;
 use job::Origin;
-use machine::{Machine, Memory, Shape, failed};
+use machine::{Machine, Shape, Start, failed};
 use watchdog::Watchdog;
 
 pub use guest::initramfs;
@@ -38,6 +40,8 @@ pub use guest::initramfs;
 /// What this backend is called.
 const BACKEND: &str = "qemu";
 const PROGRAM: &str = "qemu-system-x86_64";
+/// What a guest's memory is called among the mappings of its process.
+const MEMORY_NAME: &str = "rund-qemu";
 /// How long a clone may take to be there.
 const START: Duration = Duration::from_secs(60);
 
@@ -47,7 +51,15 @@ const START: Duration = Duration::from_secs(60);
 /// A template is a kernel ([`TemplateSpec::program`]) and an initial file system
 /// ([`TemplateSpec::initramfs`], see [`initramfs`](crate::qemu_initramfs)). A clone's arguments are
 /// a command in the guest. Its standard output and error come over one serial line, both as
-/// [`Exit::stdout`](crate::Exit::stdout). Each clone has a thread, `rund-qemu`, which is joined when the clone is
+/// [`Exit::stdout`](crate::Exit::stdout).
+///
+/// Where [`TemplateSpec::root`] is an erofs image ([`rootfs::Image`](crate::rootfs::Image)), the
+/// guest's root is split: the image on a read-only disk that all clones have in common, in the host's
+/// page cache once, and over it a layer in each guest's own memory, which goes with it. Nobody may
+/// write to the image while the template lives. The condensed kernel of `cargo xtask rund-kernel`
+/// has what that needs built in; a distribution's usually has it in modules, which are not loaded.
+///
+/// Each clone has a thread, `rund-qemu`, which is joined when the clone is
 /// dropped.
 #[derive(Debug, Clone)]
 pub struct Qemu {
@@ -91,7 +103,7 @@ impl Qemu {
             kernel: spec.program.clone(),
             initramfs: initramfs.clone(),
             memory: spec.memory,
-            arguments: String::new(),
+            root: spec.root.as_deref().map(image).transpose()?,
         })
     }
 
@@ -105,6 +117,19 @@ impl Qemu {
         let memory = memory_file(shape.memory)?;
         begin(Origin::Cold { shape, memory }, spec, clone)
     }
+}
+
+/// The image that is a guest's read-only half.
+fn image(path: &Path) -> Result<Arc<File>> {
+    let image = Image::open(path)?;
+    if image.format() != Format::Erofs {
+        return Err(Error::Rootfs {
+            path: path.to_owned(),
+            why: "a guest of QEMU mounts an erofs image: rootfs::Image::build makes one".to_owned(),
+        });
+    }
+    let file = File::open(image.path()).map_err(Error::io("open", path))?;
+    Ok(Arc::new(file))
 }
 
 /// `kvm` where there is a KVM that boots an unmodified kernel: one by VMX or SVM.
@@ -130,7 +155,7 @@ fn isolation() -> Isolation {
 
 fn memory_file(size: ByteSize) -> Result<OwnedFd> {
     let failed = || failed("make a file for its memory");
-    let file = memfd_create("rund-qemu", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+    let file = memfd_create(MEMORY_NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
         .map_err(failed())?;
     ftruncate(&file, size.get()).map_err(failed())?;
     Ok(file)
@@ -210,7 +235,7 @@ impl Backend for Qemu {
         let state = memory_file(ByteSize::new(0))?;
         let deadline = Instant::now() + spec.deadline;
         // This thread lives until the machine has ended: `save` waits for that.
-        let mut machine = Machine::start(&shape, &memory, Memory::Shared, deadline)?;
+        let mut machine = Machine::start(&shape, &memory, Start::Boot, deadline)?;
         let output = machine.output.take();
         // A guest that never gets there would be waited for for ever.
         let watchdog = Watchdog::start(machine.pid(), spec.deadline)?;

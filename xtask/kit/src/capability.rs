@@ -56,6 +56,10 @@ pub enum Capability {
     Qemu,
     /// The distribution's kernel for virtual machines: see [`guest_kernel`].
     GuestKernel,
+    /// The condensed kernel of `cargo xtask rund-kernel`: see [`condensed_kernel`].
+    CondensedKernel,
+    /// `mkfs.erofs`.
+    ErofsTools,
     /// containerd, `ctr` and runc.
     Containerd,
     /// A CUDA driver with a device.
@@ -74,7 +78,7 @@ use Capability as C;
 
 impl Capability {
     /// Every capability, in the order in which `cargo xtask doctor` lists them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         C::Root,
         C::Namespaces,
         C::SharedMemory,
@@ -89,6 +93,8 @@ impl Capability {
         C::Runc,
         C::Qemu,
         C::GuestKernel,
+        C::CondensedKernel,
+        C::ErofsTools,
         C::Containerd,
         C::Cuda,
         C::OnnxRuntime,
@@ -112,6 +118,8 @@ impl Capability {
             C::Runc => "runc",
             C::Qemu => "qemu",
             C::GuestKernel => "guest-kernel",
+            C::CondensedKernel => "condensed-kernel",
+            C::ErofsTools => "erofs-utils",
             C::Containerd => "containerd",
             C::Cuda => "cuda",
             C::ControlGroups => "cgroups",
@@ -145,6 +153,8 @@ impl Capability {
             C::Runc => "apt install runc, and run as root",
             C::Qemu => "apt install qemu-system-x86",
             C::GuestKernel => "cargo xtask vm --fetch",
+            C::CondensedKernel => "cargo xtask rund-kernel",
+            C::ErofsTools => "apt install erofs-utils",
             C::Containerd => "apt install containerd runc",
             C::Cuda => "an NVIDIA GPU with its driver",
             C::ControlGroups => "run as root with /sys/fs/cgroup mounted writable",
@@ -262,6 +272,11 @@ impl Capability {
                 Some(kernel) => State::Present(kernel.display().to_string()),
                 None => State::Missing(format!("none in {}", cache_dir().join("vm").display())),
             },
+            C::CondensedKernel => match condensed_kernel() {
+                Some(kernel) => State::Present(kernel.display().to_string()),
+                None => State::Missing(format!("none in {}", condensed_kernel_dir().display())),
+            },
+            C::ErofsTools => runs("mkfs.erofs", &["--help"]),
             C::Containerd => match (C::Runc.probe(), runs("ctr", &["--version"])) {
                 (State::Present(_), State::Present(_)) => runs("containerd", &["--version"]),
                 (State::Missing(why), _) | (_, State::Missing(why)) => State::Missing(why),
@@ -345,6 +360,18 @@ pub fn guest_kernel() -> Option<PathBuf> {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             name.starts_with("vmlinuz-") && name.ends_with("cloud-amd64")
         })
+}
+
+/// Where `cargo xtask rund-kernel` keeps the kernels that it has built; `current` is the last.
+pub fn condensed_kernel_dir() -> PathBuf {
+    cache_dir().join("rund-kernel")
+}
+
+/// The condensed kernel, where `cargo xtask rund-kernel` has built one: an ELF file, with its
+/// `System.map` and `config` beside it. Ask for [`Capability::CondensedKernel`] first.
+pub fn condensed_kernel() -> Option<PathBuf> {
+    let current = fs::canonicalize(condensed_kernel_dir().join("current")).ok()?;
+    Some(current.join("vmlinux")).filter(|kernel| kernel.exists())
 }
 
 /// The directory of the larger models, as `cargo xtask data` fills it: `minilm-gt` and

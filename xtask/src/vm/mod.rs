@@ -7,7 +7,7 @@
 mod directcxl;
 mod follow;
 mod rund_rt;
-mod system;
+pub(crate) mod system;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -145,8 +145,14 @@ impl Images {
     }
 }
 
+/// The distribution's kernel for virtual machines, and a static shell.
+pub(crate) fn images() -> Result<(PathBuf, PathBuf)> {
+    let images = Images::get()?;
+    Ok((images.kernel, images.busybox))
+}
+
 /// The initial file system that `root`, which has busybox, becomes.
-fn archive(root: &Path) -> Result<NamedTempFile> {
+pub(crate) fn archive(root: &Path) -> Result<NamedTempFile> {
     let archive = tempfile::Builder::new()
         .prefix("carlsbad-initramfs-")
         .tempfile()?;
@@ -273,7 +279,7 @@ fn boot(kernel: &Path, initramfs: &Path, arguments: &Arguments) -> Result<()> {
     follow(&mut qemu, Duration::from_secs(arguments.timeout), |_| {})
 }
 
-fn make_executable(path: &Path) -> Result<()> {
+pub(crate) fn make_executable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
     Ok(())

@@ -194,7 +194,7 @@ fn newest(options: &[String], package: &str) -> Result<String> {
 }
 
 /// Downloads packages and unpacks them into one folder, unless it is there.
-pub(super) fn fetch(cache: &Path, options: &[String], packages: &[&str]) -> Result<PathBuf> {
+pub(crate) fn fetch(cache: &Path, options: &[String], packages: &[&str]) -> Result<PathBuf> {
     let root = cache.join(packages.first().context("no packages")?);
     if root.exists() {
         return Ok(root);
