@@ -626,14 +626,15 @@ impl Control {
                     return Err(other("only trusted clients map memory of others"));
                 }
                 let address = self.core.address_of(peer, Duration::from_secs(1))?;
+                let find = |key| self.core.fabric.local_region(address, key);
+                let Some(table) = find(TABLE_KEY) else {
+                    return Ok(Reply::Elsewhere);
+                };
                 let (entry, _) = self
                     .core
                     .remote_entry(address, key, crate::clock::coarse())
                     .map_err(|_| Failure::StaleKey)?;
-                let find = |key| self.core.fabric.local_region(address, key);
-                let (Some(region), Some(table)) = (find(key), find(TABLE_KEY)) else {
-                    return Err(Failure::StaleKey);
-                };
+                let region = find(key).ok_or(Failure::StaleKey)?;
                 out.push(Descriptor::Region(region));
                 out.push(Descriptor::Region(table));
                 Ok(Reply::Mapped(entry.access))
