@@ -93,6 +93,8 @@ pub use carlsbad_types::ByteSize;
 pub use check::{MAX_INLINE, MAX_TRANSFER};
 pub use error::{Error, Malformed, PostError, Result};
 pub use fabric::{DcAddress, Op, ShmFabric, Status};
+#[cfg(feature = "verbs")]
+pub use fabric::{VerbsConfig, VerbsFabric};
 pub use message::{Listener, Message};
 pub use meta::MetaServer;
 pub use node::{Config, Node, NodeId, Service, Stats};

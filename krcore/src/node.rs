@@ -168,7 +168,7 @@ pub(crate) struct Core {
     meta: Vec<Arc<MetaServer>>,
     depth: usize,
     peers: Arc<Peers>,
-    entries: RwLock<HashMap<(u32, u32), (Duration, RegionEntry)>>,
+    entries: RwLock<HashMap<(u64, u32), (Duration, RegionEntry)>>,
     regions: Mutex<Regions>,
     control: Mutex<Control>,
     scratch: Arc<MemoryRegion>,
@@ -610,7 +610,7 @@ impl Core {
         key: RKey,
         now: Duration,
     ) -> Result<(RegionEntry, Duration), Malformed> {
-        let which = (peer.number, key.0);
+        let which = (u64::from(peer.number) << 32 | u64::from(peer.key), key.0);
         let known = self
             .entries
             .read()

@@ -33,6 +33,8 @@
 //!    putting the pair in ERR.
 
 mod shm;
+#[cfg(feature = "verbs")]
+mod verbs;
 
 use std::fmt;
 use std::sync::Arc;
@@ -42,6 +44,10 @@ use serde::{Deserialize, Serialize};
 
 pub use shm::ShmFabric;
 pub(crate) use shm::execute;
+#[cfg(feature = "verbs")]
+pub(crate) use verbs::Registration;
+#[cfg(feature = "verbs")]
+pub use verbs::{VerbsConfig, VerbsFabric};
 
 use crate::error::{Malformed, Result};
 use crate::node::{NodeId, Service};

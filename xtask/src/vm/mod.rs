@@ -6,6 +6,7 @@
 
 mod directcxl;
 mod follow;
+pub(crate) mod krcore;
 mod rund_rt;
 mod system;
 
@@ -70,6 +71,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         match package.name.as_str() {
             "directcxl" => {
                 directcxl::run(package, &arguments.tests)?;
+                continue;
+            }
+            "krcore" => {
+                krcore::run(package, &arguments.tests)?;
                 continue;
             }
             "rund-rt" => {
