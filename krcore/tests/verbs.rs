@@ -416,6 +416,9 @@ fn a_pair_in_err_is_rebuilt_and_its_virtual_queues_go_on() {
 #[test]
 fn the_connection_that_was_used_least_recently_makes_room() {
     carlsbad_kit::require!(Capability::Rdma);
+    // Nodes and connections of all sides in one process have many descriptors.
+    let most = 4096;
+    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, most, most).unwrap();
     let most = 128;
     let fabric = open(VerbsConfig {
         answer: Duration::from_secs(10),

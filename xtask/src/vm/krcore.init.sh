@@ -22,11 +22,13 @@ ulimit -l unlimited
 sleep 1
 /usr/bin/rdma link add rxe0 type rxe netdev veth0
 cd /tmp
-case $(cat /proc/cmdline) in
-    *carlsbad=figures*) export CARLSBAD_FIGURES=vm; /test figures --nocapture --test-threads=1 ;;
-    *) /test --test-threads=1 --nocapture ;;
-esac
+if grep -q carlsbad=figures /proc/cmdline; then
+    CARLSBAD_FIGURES=/tmp/figures /test --bench
+else
+    /test --test-threads=1
+fi
 status=$?
+[ -e /tmp/figures ] && sed 's/^/@carlsbad figure /' /tmp/figures
 [ $status = 0 ] || dmesg | tail -40
 echo "CARLSBAD RESULT $status"
 poweroff -f

@@ -7,13 +7,12 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use carlsbad_kit::figure::Figure;
+use anyhow::{Context, Result};
 use tempfile::NamedTempFile;
 
 use super::follow::follow;
 use super::system::System;
-use super::{archive, build, copy_with_libraries, make_executable};
+use super::{archive, build, build_bench, copy_with_libraries, make_executable};
 use crate::workspace::Package;
 
 /// The package that depends on the newest kernel with all drivers.
@@ -48,31 +47,30 @@ const PATIENCE: Duration = Duration::from_secs(600);
 pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
     for target in TARGETS {
         if only.is_empty() || only.iter().any(|name| name == target) {
-            boot(package, target, "")?;
+            boot(package, target, &build(package, target)?, "")?;
         }
     }
     Ok(())
 }
 
-/// The figures that a target measures there, with where they were taken.
-pub(crate) fn figures(package: &Package, target: &str) -> Result<Vec<Figure>> {
-    let said = boot(package, target, "carlsbad=figures")?;
-    ensure!(!said.is_empty(), "{target} measured nothing");
-    said.iter()
-        .map(|line| serde_json::from_str(line).with_context(|| format!("no figure: {line}")))
-        .collect()
-}
-
 /// What a line begins with that is a figure.
 const FIGURE: &str = "@carlsbad figure ";
 
-/// Runs one target; gives the figures that it has printed.
-fn boot(package: &Package, target: &str, words: &str) -> Result<Vec<String>> {
+/// Runs a bench target there; puts the figures that it measures into `samples`.
+pub(crate) fn measure(package: &Package, bench: &str, samples: &Path) -> Result<()> {
+    let program = build_bench(package, bench)?;
+    let figures = boot(package, bench, &program, "carlsbad=figures")?;
+    fs::write(samples, figures.join("\n"))?;
+    Ok(())
+}
+
+/// Runs one program; gives the figures that it has measured.
+fn boot(package: &Package, name: &str, program: &Path, words: &str) -> Result<Vec<String>> {
     let system = System::distribution(KERNEL)?;
-    let test = build(package, target)?;
-    let initramfs = pack(&system, &test)?;
+    let initramfs = pack(&system, program)?;
     let begun = Instant::now();
-    eprintln!("krcore {target} on {}, soft RoCE", system.release);
+    let what = format!("{} {name}", package.name);
+    eprintln!("{what} on {}, soft RoCE", system.release);
     let mut machine = system
         .machine(initramfs.path(), words)
         .args(["-M", "q35", "-cpu", "max", "-m", "1G", "-nic", "none"])
@@ -84,8 +82,8 @@ fn boot(package: &Package, target: &str, words: &str) -> Result<Vec<String>> {
             figures.push(figure.to_owned());
         }
     })
-    .with_context(|| format!("krcore {target}"))?;
-    eprintln!("krcore {target}: {} s", begun.elapsed().as_secs());
+    .context(what.clone())?;
+    eprintln!("{what}: {} s", begun.elapsed().as_secs());
     Ok(figures)
 }
 

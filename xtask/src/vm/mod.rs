@@ -185,6 +185,11 @@ fn build_example(package: &Package, example: &str) -> Result<PathBuf> {
     build_target(package, &["build"], "--example", example).map(|(binary, _)| binary)
 }
 
+/// Builds one bench target; gives its binary.
+fn build_bench(package: &Package, bench: &str) -> Result<PathBuf> {
+    build_target(package, &["bench", "--no-run"], "--bench", bench).map(|(binary, _)| binary)
+}
+
 fn build_target(
     package: &Package,
     command: &[&str],

@@ -226,8 +226,10 @@ impl Engine {
             _ if local.len > u64::from(self.device.longest) => {
                 return Step::Fails(Status::RemoteInvalid);
             }
+            // An adapter says of it what it likes, and some send it again until they give up.
             Op::CompareSwap { .. } | Op::FetchAdd { .. }
-                if local.region.atomic(local.offset).is_none() =>
+                if local.region.atomic(local.offset).is_none()
+                    || !request.remote.offset.is_multiple_of(8) =>
             {
                 return Step::Fails(Status::RemoteInvalid);
             }

@@ -452,7 +452,17 @@ impl Round {
     }
 
     fn accept(&mut self, open: &Arc<Open>) {
-        while let Ok((stream, _)) = open.listener.accept() {
+        loop {
+            let stream = match open.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(why) if why.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(why) => {
+                    tracing::warn!(%why, "a peer cannot be accepted: it waits");
+                    // It would be seen again at once.
+                    std::thread::sleep(Duration::from_millis(5));
+                    return;
+                }
+            };
             if self.served.len() >= MOST_SERVED {
                 // Whoever has not said what it wants makes room.
                 self.served.retain(|_, served| served.is_connected());
