@@ -79,6 +79,9 @@ pub enum Error {
         /// The deadline.
         limit: Duration,
     },
+    /// There is no RDMA device that can be used.
+    #[error("no RDMA device: {0}; `ibv_devinfo` shows those there are")]
+    NoDevice(String),
     /// No daemon answers at this socket.
     #[error("no daemon at {}: start `krcored --socket` there ({source})", path.display())]
     NoDaemon {

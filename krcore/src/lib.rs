@@ -95,6 +95,8 @@ pub use error::{Error, Malformed, PostError, Result};
 #[cfg(feature = "tcp")]
 pub use fabric::tcp::{PresharedKey, TcpFabric, TcpOptions};
 pub use fabric::{DcAddress, Op, ShmFabric, Status};
+#[cfg(feature = "verbs")]
+pub use fabric::{VerbsConfig, VerbsFabric};
 pub use message::{Listener, Message};
 pub use meta::{MetaServer, MetaTable};
 pub use node::{Config, Node, NodeId, Service, Stats};

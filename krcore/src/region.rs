@@ -150,6 +150,9 @@ impl fmt::Debug for Sealed {
 
 /// A registered memory region, on a sealed memfd.
 pub struct MemoryRegion {
+    /// With RDMA devices, for requests of this side. Before the memory, so that they go first.
+    #[cfg(feature = "verbs")]
+    registrations: std::sync::Mutex<Vec<Arc<crate::fabric::Registration>>>,
     memory: Sealed,
     key: RKey,
     access: Access,
@@ -170,6 +173,8 @@ impl MemoryRegion {
 
     pub(crate) fn over(memory: Sealed, access: Access, key: RKey, owner: u64) -> Arc<Self> {
         Arc::new(Self {
+            #[cfg(feature = "verbs")]
+            registrations: std::sync::Mutex::default(),
             memory,
             key,
             access,
@@ -223,6 +228,21 @@ impl MemoryRegion {
         offset
             .checked_add(len)
             .is_some_and(|end| end <= self.len() as u64)
+    }
+
+    /// Where it is mapped.
+    #[cfg(feature = "verbs")]
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.memory.as_ptr()
+    }
+
+    #[cfg(feature = "verbs")]
+    pub(crate) fn registrations(
+        &self,
+    ) -> std::sync::MutexGuard<'_, Vec<Arc<crate::fabric::Registration>>> {
+        self.registrations
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn at(&self, offset: u64) -> *mut u8 {

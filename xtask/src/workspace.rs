@@ -76,6 +76,9 @@ struct Carlsbad {
     /// The test targets that `cargo xtask vm` runs.
     #[serde(default)]
     vm_tests: Vec<String>,
+    /// The bench targets that `cargo xtask figures` runs in a virtual machine.
+    #[serde(default)]
+    vm_benches: Vec<String>,
 }
 
 impl Workspace {
@@ -149,6 +152,13 @@ impl Package {
         self.metadata
             .as_ref()
             .map_or(&[], |metadata| &metadata.carlsbad.vm_tests)
+    }
+
+    /// Whether a bench target measures in a virtual machine.
+    pub(crate) fn is_vm_bench(&self, bench: &str) -> bool {
+        self.metadata
+            .as_ref()
+            .is_some_and(|metadata| metadata.carlsbad.vm_benches.iter().any(|one| one == bench))
     }
 
     /// Its targets of a kind such as `bench`.

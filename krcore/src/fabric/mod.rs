@@ -38,6 +38,8 @@ mod shm;
 mod target;
 #[cfg(feature = "tcp")]
 pub mod tcp;
+#[cfg(feature = "verbs")]
+mod verbs;
 
 use std::fmt;
 use std::sync::Arc;
@@ -49,6 +51,10 @@ pub use shm::ShmFabric;
 pub(crate) use target::execute;
 #[cfg(feature = "tcp")]
 pub(crate) use target::{atomic, permit};
+#[cfg(feature = "verbs")]
+pub(crate) use verbs::Registration;
+#[cfg(feature = "verbs")]
+pub use verbs::{VerbsConfig, VerbsFabric};
 
 use crate::error::{Malformed, Result};
 use crate::node::{NodeId, Service};

@@ -64,6 +64,8 @@ pub enum Capability {
     Containerd,
     /// A CUDA driver with a device.
     Cuda,
+    /// An RDMA device: an adapter, or soft RoCE.
+    Rdma,
     /// A writable control group hierarchy.
     ControlGroups,
     /// A Python with ONNX Runtime and `onnx`.
@@ -78,7 +80,7 @@ use Capability as C;
 
 impl Capability {
     /// Every capability, in the order in which `cargo xtask doctor` lists them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         C::Root,
         C::Namespaces,
         C::SharedMemory,
@@ -97,6 +99,7 @@ impl Capability {
         C::ErofsTools,
         C::Containerd,
         C::Cuda,
+        C::Rdma,
         C::OnnxRuntime,
         C::Torch,
         C::Data,
@@ -122,6 +125,7 @@ impl Capability {
             C::ErofsTools => "erofs-utils",
             C::Containerd => "containerd",
             C::Cuda => "cuda",
+            C::Rdma => "rdma",
             C::ControlGroups => "cgroups",
             C::OnnxRuntime => "onnxruntime",
             C::Torch => "torch",
@@ -157,6 +161,9 @@ impl Capability {
             C::ErofsTools => "apt install erofs-utils",
             C::Containerd => "apt install containerd runc",
             C::Cuda => "an NVIDIA GPU with its driver",
+            C::Rdma => {
+                "cargo xtask vm krcore; or: modprobe rdma_rxe, rdma link add rxe0 type rxe netdev IF"
+            }
             C::ControlGroups => "run as root with /sys/fs/cgroup mounted writable",
             C::OnnxRuntime | C::Torch => "cargo xtask peers --install",
             C::Data => "cargo xtask data",
@@ -282,6 +289,7 @@ impl Capability {
                 (State::Missing(why), _) | (_, State::Missing(why)) => State::Missing(why),
             },
             C::Cuda => cuda(),
+            C::Rdma => rdma(),
             C::ControlGroups => control_groups(),
             C::OnnxRuntime | C::Torch => match self.import().and_then(python_with) {
                 Some((python, version)) => {
@@ -498,6 +506,15 @@ fn control_groups() -> State {
         }
     }
     State::Missing("no control group can be made under /sys/fs/cgroup".to_owned())
+}
+
+/// The first RDMA device that the kernel knows.
+fn rdma() -> State {
+    let place = Path::new("/sys/class/infiniband");
+    match fs::read_dir(place).map(|mut devices| devices.next()) {
+        Ok(Some(Ok(device))) => State::Present(device.file_name().to_string_lossy().into_owned()),
+        _ => State::Missing(format!("nothing in {}", place.display())),
+    }
 }
 
 fn cuda() -> State {

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use carlsbad_kit::figure::{FILE_VARIABLE, Figure};
 
 use crate::workspace::{Package, Workspace};
-use crate::{peers, shell};
+use crate::{peers, shell, vm};
 use expected::Expected;
 use judge::Judged;
 use machine::Conditions;
@@ -167,6 +167,8 @@ fn measure(
     let clock = machine::Clock::start()?;
     if source == FROM_PEERS {
         peers::measure(package, &samples)?;
+    } else if package.is_vm_bench(source) {
+        vm::krcore::measure(package, source, &samples)?;
     } else {
         shell::run(&mut bench(true))?;
     }

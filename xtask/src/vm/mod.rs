@@ -6,6 +6,7 @@
 
 mod directcxl;
 mod follow;
+pub(crate) mod krcore;
 mod rund_rt;
 pub(crate) mod system;
 
@@ -70,6 +71,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         match package.name.as_str() {
             "directcxl" => {
                 directcxl::run(package, &arguments.tests)?;
+                continue;
+            }
+            "krcore" => {
+                krcore::run(package, &arguments.tests)?;
                 continue;
             }
             "rund-rt" => {
@@ -184,6 +189,11 @@ fn build_with_programs(package: &Package, test: &str) -> Result<(PathBuf, Vec<Pa
 /// Builds one example; gives its binary.
 fn build_example(package: &Package, example: &str) -> Result<PathBuf> {
     build_target(package, &["build"], "--example", example).map(|(binary, _)| binary)
+}
+
+/// Builds one bench target; gives its binary.
+fn build_bench(package: &Package, bench: &str) -> Result<PathBuf> {
+    build_target(package, &["bench", "--no-run"], "--bench", bench).map(|(binary, _)| binary)
 }
 
 fn build_target(
