@@ -251,6 +251,18 @@ pub enum Error {
         offset: u64,
     },
 
+    /// The file system has no room for a page that was never touched. Nothing is lost: what was
+    /// written before is there.
+    #[error(
+        "{place} has no room for its page at {offset:#x}: its file system, or a quota, is full; make room, and try again"
+    )]
+    NoSpace {
+        /// The file.
+        place: String,
+        /// Where the page would be.
+        offset: u64,
+    },
+
     /// The memory reports an uncorrectable error.
     #[error(
         "{place} is poisoned at {offset:#x}: what was there is lost; overwrite all of the page, or remove the namespace"
@@ -274,13 +286,15 @@ pub enum Error {
     },
 
     /// There are not enough huge pages.
-    #[error("{place}: not enough free huge pages for {asked}: echo {pages} > {pool}/nr_hugepages")]
+    #[error(
+        "{place}: not enough free huge pages for {asked}: {pages} have to be free; raise {pool}/nr_hugepages, and the `size` of the mount if it has one"
+    )]
     NoHugePages {
         /// The file.
         place: String,
         /// What was asked for.
         asked: ByteSize,
-        /// Pages that would do.
+        /// Pages that it takes.
         pages: u64,
         /// Where the kernel counts them.
         pool: String,

@@ -166,7 +166,7 @@ impl Namespace {
     /// medium is. Stores to the range that other threads make meanwhile may be left out.
     ///
     /// # Errors
-    /// Where the range does not lie within the namespace.
+    /// Where the range does not lie within the namespace, or the memory is gone.
     pub fn publish(&self, range: Range<u64>) -> Result<()> {
         self.inner.medium.write_back(range, Step::Publish)
     }
@@ -175,7 +175,7 @@ impl Namespace {
     /// have published its own stores to these lines before: they are written over what others wrote.
     ///
     /// # Errors
-    /// Where the range does not lie within the namespace.
+    /// Where the range does not lie within the namespace, or the memory is gone.
     pub fn acquire(&self, range: Range<u64>) -> Result<()> {
         self.inner.medium.invalidate(range, Step::Acquire)
     }
@@ -183,7 +183,8 @@ impl Namespace {
     /// Copies bytes out. Eight aligned bytes are read as one.
     ///
     /// # Errors
-    /// [`Error::Removed`] and [`Error::Poisoned`] where the memory is; for a range outside.
+    /// [`Error::Removed`] and [`Error::Poisoned`] where the memory is; [`Error::NoSpace`] where a page
+    /// that was never touched finds none; for a range outside.
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         self.inner.medium.load(offset, out)
     }
@@ -197,7 +198,8 @@ impl Namespace {
     }
 
     /// An atomic number of the namespace, for processes of one host. Between hosts whose coherence
-    /// is software's, no atomic operation means anything.
+    /// is software's, no atomic operation means anything. As with [`Namespace::as_ptr`], where the
+    /// memory is removed an access is a bus error.
     ///
     /// # Errors
     /// Where the place is not a multiple of 8 or outside, and for a reader.

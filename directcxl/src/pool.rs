@@ -148,10 +148,12 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Makes a namespace of at least `length` bytes, rounded up to 2 MiB, and attaches to it.
+    /// Makes a namespace of at least `length` bytes, rounded up to 2 MiB, and attaches to it. Where
+    /// that fails there is no namespace either.
     ///
     /// # Errors
-    /// Where the name is taken or cannot be one, or there is no room in one piece.
+    /// Where the name is taken or cannot be one, or there is no room in one piece; with `populate`
+    /// [`Error::NoSpace`] where the file system has none.
     pub fn create(
         &self,
         name: &str,
@@ -166,7 +168,7 @@ impl Pool {
         }
         let length = rounded("namespace", length)?;
         let shared = &self.shared;
-        let generation = shared.write(|writer| {
+        let (generation, extent) = shared.write(|writer| {
             if writer.state.catalog.by_name(name).is_some() {
                 return Err(Error::NameTaken {
                     name: name.to_owned(),
@@ -183,14 +185,23 @@ impl Pool {
                 extent,
                 name: name.into(),
             })?;
-            Ok(generation)
+            Ok((generation, extent))
         })?;
-        shared.attach(options.populate, |catalog| {
-            catalog
-                .item(generation)
-                .map(|_| generation)
-                .ok_or_else(|| unknown(name))
-        })
+        // Both may take long: others are not kept waiting for the log meanwhile.
+        let attached = if options.populate {
+            shared.backend.reserve(extent.range()).map(drop)
+        } else {
+            Ok(())
+        };
+        let attached = attached.and_then(|()| {
+            shared.attach(options.populate, |catalog| {
+                catalog
+                    .item(generation)
+                    .map(|_| generation)
+                    .ok_or_else(|| unknown(name))
+            })
+        });
+        attached.inspect_err(|_| shared.unmake(generation))
     }
 
     /// Attaches to the namespace of this name.
@@ -251,12 +262,7 @@ impl Pool {
                 .by_name(name)
                 .ok_or_else(|| unknown(name))?;
             let extent = item.extent;
-            writer.append(Operation::Remove { generation })?;
-            // From here on nobody attaches: whoever did before shows by its lease.
-            if !writer.shared.is_leased(generation, &writer.state.catalog)? {
-                writer.append(Operation::Free { generation, extent })?;
-            }
-            Ok(())
+            writer.remove(generation, extent)
         })
     }
 
@@ -299,7 +305,7 @@ impl Pool {
                     offset: extent.end(),
                     length: old.length - length,
                 };
-                writer.append(Operation::Free { generation, extent })?;
+                writer.free(generation, extent)?;
             }
             Ok(())
         })
@@ -462,6 +468,27 @@ impl Writer<'_> {
         log.append(self.state, operation)
     }
 
+    /// Takes a namespace away, and frees its extent if nobody is attached.
+    fn remove(&mut self, generation: u64, extent: Extent) -> Result<()> {
+        self.append(Operation::Remove { generation })?;
+        // From here on nobody attaches: whoever did before shows by its lease.
+        if !self.shared.is_leased(generation, &self.state.catalog)? {
+            self.free(generation, extent)?;
+        }
+        Ok(())
+    }
+
+    /// Frees an extent that was in quarantine, and gives its memory back to the file system: the
+    /// namespace that gets it next may be long in coming, and another extent's pages are wanted now.
+    fn free(&mut self, generation: u64, extent: Extent) -> Result<()> {
+        self.append(Operation::Free { generation, extent })?;
+        if let Err(why) = self.shared.backend.discard(extent.range()) {
+            // It is free, and is zeroed before it is used again.
+            tracing::debug!(generation, %why, "the memory of a free extent was not given back");
+        }
+        Ok(())
+    }
+
     fn room_for_one_more(&self) -> Result<()> {
         let (used, most) = (
             self.state.catalog.weight(),
@@ -499,7 +526,7 @@ impl Writer<'_> {
         let all: Vec<_> = self.state.catalog.quarantine().collect();
         for (generation, extent) in all {
             if !self.shared.is_leased(generation, &self.state.catalog)? {
-                self.append(Operation::Free { generation, extent })?;
+                self.free(generation, extent)?;
                 freed += extent.length;
             }
         }
@@ -535,6 +562,22 @@ impl Shared {
             self.log.fence(self.host.0, epoch)?;
         }
         done
+    }
+
+    /// Takes away what was made and could not be attached to: whoever is told that it failed does not
+    /// expect to find it.
+    fn unmake(&self, generation: u64) {
+        let unmade = self.write(|writer| match writer.state.catalog.item(generation) {
+            Some(item) => {
+                let extent = item.extent;
+                writer.remove(generation, extent)
+            }
+            // Somebody else was quicker.
+            None => Ok(()),
+        });
+        if let Err(why) = unmade {
+            tracing::warn!(generation, %why, "a namespace that could not be attached to is left");
+        }
     }
 
     fn lock_append(&self) -> Result<lock::Guard<'_>> {

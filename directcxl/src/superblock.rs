@@ -46,6 +46,9 @@ impl Default for FormatOptions {
 impl Pool {
     /// Makes a pool of all of a backend, and opens it with [`Epoch::FIRST`].
     ///
+    /// The room of the pool's own structures is taken at once, where the backend knows how; that of
+    /// namespaces when they are touched.
+    ///
     /// # Errors
     /// Where a pool or something else is there and is not to be lost, or there is too little room.
     pub fn format(backend: impl Backend + 'static, options: FormatOptions) -> Result<Self> {
@@ -72,6 +75,8 @@ impl Pool {
             refuse_what_is_there(&backend)?;
         }
         let everything = 0..superblock.data_start();
+        // So that a full file system cannot keep a namespace from being removed.
+        backend.reserve(everything.clone())?;
         let medium = Arc::clone(&backend).map(everything, Access::Write, false)?;
         // A crash from here on leaves no pool, until the new superblock is there.
         for (at, step) in copies() {
