@@ -10,8 +10,7 @@
 //! Choose a backend, make a pool of it, make a namespace:
 //!
 //! ```
-//! use carlsbad_types::ByteSize;
-//! use directcxl::{FormatOptions, MemfdHdm, NamespaceOptions, Pool};
+//! use directcxl::{ByteSize, FormatOptions, MemfdHdm, NamespaceOptions, Pool};
 //!
 //! # fn main() -> directcxl::Result<()> {
 //! let memory = MemfdHdm::new(ByteSize::mib(32))?; // or FileHdm, or DevDax
@@ -86,3 +85,6 @@ pub use host::{Epoch, HostId, Role};
 pub use namespace::{Contents, Handle, Namespace, NamespaceInfo, NamespaceOptions};
 pub use pool::{Pool, PoolInfo};
 pub use superblock::FormatOptions;
+
+#[doc(no_inline)]
+pub use carlsbad_types::ByteSize;

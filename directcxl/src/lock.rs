@@ -96,7 +96,13 @@ pub(crate) fn release(fd: BorrowedFd<'_>, byte: u64) -> Result<()> {
 
 /// Whether an open file description other than this one holds a lock on the byte.
 pub(crate) fn is_held_elsewhere(fd: BorrowedFd<'_>, byte: u64) -> Result<bool> {
+    is_any_held_elsewhere(fd, byte, 1)
+}
+
+/// As [`is_held_elsewhere`], for so many bytes.
+pub(crate) fn is_any_held_elsewhere(fd: BorrowedFd<'_>, byte: u64, bytes: u64) -> Result<bool> {
     let mut asked = range(byte, libc::F_WRLCK);
+    asked.l_len = bytes as libc::off_t;
     fcntl(fd, FcntlArg::F_OFD_GETLK(&mut asked))
         .map_err(Error::io("look at the locks of", "a pool"))?;
     Ok(i32::from(asked.l_type) != libc::F_UNLCK)

@@ -109,13 +109,18 @@ pub(crate) struct Inner {
     pub(crate) extent: Extent,
     pub(crate) name: String,
     pub(crate) medium: Box<dyn Medium>,
-    /// Held by whoever of this process changes the heap: the kernel's lock is the process'.
-    pub(crate) heap: Mutex<()>,
+    /// Held by whoever of this process changes the heap: the kernel's lock is the process'. One for
+    /// all mappings of a namespace, of which there are two after it was resized.
+    pub(crate) heap: Arc<Mutex<()>>,
+    /// Which attached. A forked child has a copy of this, but the lease is its parent's to end.
+    pub(crate) process: u32,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.shared.detach(self.generation);
+        if std::process::id() == self.process {
+            self.shared.detach(self.generation);
+        }
     }
 }
 
@@ -181,6 +186,9 @@ impl Namespace {
     }
 
     /// Copies bytes out. Eight aligned bytes are read as one.
+    ///
+    /// Memory that is gone is an error, but not in a thread that blocks SIGBUS, nor where a handler
+    /// that was installed after the first pool was opened takes the signal for itself.
     ///
     /// # Errors
     /// [`Error::Removed`] and [`Error::Poisoned`] where the memory is; [`Error::NoSpace`] where a page

@@ -1,6 +1,7 @@
 //! A pool: opening, and every change to its namespaces.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -24,7 +25,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// Named namespaces in the memory of a backend.
 ///
 /// It can be cloned, and used from any thread. Several processes, and several hosts, may have the
-/// same pool open.
+/// same pool open. A process that is forked opens it anew: what it inherits answers
+/// [`Error::Forked`].
 #[derive(Debug, Clone)]
 pub struct Pool {
     pub(crate) shared: Arc<Shared>,
@@ -42,6 +44,29 @@ pub(crate) struct Shared {
     pub(crate) state: Mutex<State>,
     /// What this handle is attached to. A lock of the kernel is held once for all of them.
     attached: Mutex<HashMap<u64, Vec<Weak<Inner>>>>,
+    /// Which opened it.
+    process: u32,
+    _descriptor: Option<Descriptor>,
+}
+
+/// Descriptors that pools of this process are open on.
+static DESCRIPTORS: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+
+/// A descriptor that one pool of this process uses.
+#[derive(Debug)]
+struct Descriptor(RawFd);
+
+impl Descriptor {
+    fn claim(backend: &dyn Backend) -> Option<Self> {
+        let fd = backend.as_fd().as_raw_fd();
+        locked(&DESCRIPTORS).insert(fd).then_some(Self(fd))
+    }
+}
+
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        locked(&DESCRIPTORS).remove(&self.0);
+    }
 }
 
 /// What is in a pool, in numbers.
@@ -55,7 +80,7 @@ pub struct PoolInfo {
     pub free: ByteSize,
     /// The longest free piece: what can still be created.
     pub largest_free: ByteSize,
-    /// Removed, but still attached by somebody.
+    /// Removed, and still attached by somebody when it was last looked: see [`Pool::reclaim`].
     pub quarantined: ByteSize,
     /// Namespaces there are.
     pub namespaces: usize,
@@ -77,17 +102,30 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Pool {
     /// Opens the pool on a backend.
     ///
+    /// On the host that writes already, a further process opens with [`Role::Writer`] and
+    /// [`Epoch::CURRENT`]. Another host takes over with a later epoch than [`PoolInfo::epoch`].
+    ///
     /// # Errors
     /// Where there is no pool, or the device is shorter than it, or the epoch is not a later one.
     pub fn open(backend: impl Backend + 'static, role: Role) -> Result<Self> {
         Self::open_shared(Arc::new(backend), role)
     }
 
-    /// As [`Pool::open`], for a backend whose kind is not known when the program is built.
+    /// As [`Pool::open`], for a backend whose kind is not known when the program is built. One that a
+    /// pool of this process uses already is opened anew.
     ///
     /// # Errors
     /// As of [`Pool::open`].
     pub fn open_shared(backend: Arc<dyn Backend>, role: Role) -> Result<Self> {
+        // The kernel's locks are those of a descriptor: two pools on one would not exclude each other.
+        let (backend, descriptor) = match Descriptor::claim(&*backend) {
+            Some(descriptor) => (backend, Some(descriptor)),
+            None => {
+                let again = backend.reopen()?;
+                let descriptor = Descriptor::claim(&*again);
+                (again, descriptor)
+            }
+        };
         let superblock = crate::superblock::read(&backend)?;
         let host = backend.host();
         if host.0 >= superblock.hosts {
@@ -108,7 +146,7 @@ impl Pool {
         let writable = geometry.writable;
         if matches!(role, Role::Writer(_)) && !writable {
             return Err(Error::ReadOnly {
-                what: "write to it",
+                what: "open the pool for writing",
             });
         }
         let access = match role {
@@ -133,6 +171,8 @@ impl Pool {
             epoch: None,
             log,
             backend,
+            process: std::process::id(),
+            _descriptor: descriptor,
         };
         if let Role::Writer(epoch) = role {
             shared.epoch = Some(shared.take_over(epoch)?);
@@ -341,7 +381,9 @@ impl Pool {
             });
         }
         self.shared.write(|writer| {
-            writer.room_for_one_more()?;
+            if writer.state.catalog.evicted(host.0).is_none() {
+                writer.room_for_an_eviction()?;
+            }
             let head = writer.shared.table_of(host).head()?;
             let nonce = match head {
                 Some(head) => head.nonce,
@@ -350,7 +392,7 @@ impl Pool {
                     .state
                     .catalog
                     .evicted(host.0)
-                    .map_or(0, |nonce| nonce + 1),
+                    .map_or(0, |nonce| nonce.wrapping_add(1)),
             };
             writer.append(Operation::Evict {
                 host: host.0,
@@ -489,11 +531,24 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn room_for_one_more(&self) -> Result<()> {
-        let (used, most) = (
-            self.state.catalog.weight(),
-            most(&self.shared.log.superblock),
-        );
+    /// Refuses where the log is full; what is in quarantine is looked at first.
+    fn room_for_one_more(&mut self) -> Result<()> {
+        let most = most(&self.shared.log.superblock);
+        if self.state.catalog.weight() >= most {
+            self.reclaim()?;
+        }
+        let used = self.state.catalog.weight();
+        if used >= most {
+            return Err(Error::LogFull { used, most });
+        }
+        Ok(())
+    }
+
+    /// As [`Writer::room_for_one_more`], with the quarter of the arena that stays free otherwise:
+    /// leases of a dead host may be all that the log is full of. One entry stays for what is freed.
+    fn room_for_an_eviction(&self) -> Result<()> {
+        let used = self.state.catalog.weight();
+        let most = self.shared.log.superblock.entries.saturating_sub(2);
         if used >= most {
             return Err(Error::LogFull { used, most });
         }
@@ -542,6 +597,7 @@ impl Shared {
                 what: "change a namespace",
             });
         };
+        self.is_this_process()?;
         let mut state = locked(&self.state);
         let _lock = self.lock_append()?;
         self.log.refresh(&mut state)?;
@@ -580,6 +636,18 @@ impl Shared {
         }
     }
 
+    /// Refuses a process that was forked from the one that opened the pool: a lock of one is a lock of
+    /// the other.
+    pub(crate) fn is_this_process(&self) -> Result<()> {
+        if std::process::id() == self.process {
+            return Ok(());
+        }
+        Err(Error::Forked {
+            place: self.backend.place(),
+            opened_by: self.process,
+        })
+    }
+
     fn lock_append(&self) -> Result<lock::Guard<'_>> {
         lock::acquire(
             self.backend.as_fd(),
@@ -610,6 +678,10 @@ impl Shared {
         let by = HostId(highest.host);
         let theirs = Epoch(highest.epoch);
         let epoch = match epoch {
+            epoch if epoch > Epoch::LAST => {
+                let last = Epoch::LAST;
+                return Err(Error::BadEpoch { epoch, last });
+            }
             Epoch::CURRENT if mine => theirs,
             Epoch::CURRENT => return Err(Error::NotWriter { epoch: theirs, by }),
             ours if ours < theirs => return Err(Error::Fenced { ours, theirs, by }),
@@ -622,14 +694,14 @@ impl Shared {
         // The record of the pool's state is not written over; every other one may be.
         if current.host != self.host.0 {
             log.write_record(&Record {
-                generation: own.generation + 1,
+                generation: own.generation.saturating_add(1),
                 epoch: epoch.0,
                 state: HostState::Claiming,
                 ..own
             })?;
             if let Err(why) = log.fence(self.host.0, epoch) {
                 log.write_record(&Record {
-                    generation: own.generation + 2,
+                    generation: own.generation.saturating_add(2),
                     epoch: 0,
                     state: HostState::Idle,
                     ..own
@@ -686,7 +758,7 @@ impl Shared {
         if let Some(nonce) = evicted
             && table.head()?.is_none_or(|head| head.nonce == nonce)
         {
-            table.renew(nonce + 1)?;
+            table.renew(nonce.wrapping_add(1))?;
             return Ok(());
         }
         table.clear(|generation| Ok(!lease::is_attached_elsewhere(fd, generation)?))
@@ -719,6 +791,7 @@ impl Shared {
         populate: bool,
         choose: impl Fn(&Catalog) -> Result<u64>,
     ) -> Result<Namespace> {
+        self.is_this_process()?;
         // In this order everywhere: state, attached, the lock on the leases.
         let mut state = locked(&self.state);
         self.log.refresh(&mut state)?;
@@ -798,7 +871,10 @@ impl Shared {
             extent: item.extent,
             name: item.name.to_string(),
             medium,
-            heap: Mutex::new(()),
+            heap: known
+                .first()
+                .map_or_else(Arc::default, |other| Arc::clone(&other.heap)),
+            process: std::process::id(),
         })))
     }
 
@@ -815,7 +891,7 @@ impl Shared {
             return Ok((guard, None));
         };
         let _lock = lease::lock_table(fd, PATIENCE)?;
-        let fresh = evicted.map_or(0, |nonce| nonce + 1);
+        let fresh = evicted.map_or(0, |nonce| nonce.wrapping_add(1));
         let nonce = table.insert(generation, self.host, fresh)?;
         Ok((guard, Some(nonce)))
     }

@@ -227,6 +227,33 @@ fn a_file_that_is_too_small_for_a_pool_is_not_left_behind() {
     shell.run(0, "format POOL --size 64M");
 }
 
+/// The size was ignored.
+#[test]
+fn a_size_is_for_a_file_that_is_not_there() {
+    let shell = Shell::new();
+    std::fs::File::create(shell.pool())
+        .unwrap()
+        .set_len(32 << 20)
+        .unwrap();
+    let failed = shell.run(1, "format POOL --size 64M");
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(said.contains("leave out --size"), "{said}");
+    // What a format that was killed has left is finished.
+    shell.run(0, "format POOL --size 32M");
+}
+
+/// What lies where was guessed from its path.
+#[test]
+fn a_file_is_a_file_wherever_it_lies() {
+    let shell = Shell::new();
+    shell.run(0, "format POOL --size 16M");
+    let other = format!("/dev/..{}", shell.pool().display());
+    assert_eq!(shell.json(&format!("list {other}"))["hosts"], 1);
+    let failed = shell.run(1, "list /dev/dax99.9");
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(said.contains("no such DAX device"), "{said}");
+}
+
 #[test]
 fn a_machine_without_cxl_is_told_what_it_can_do() {
     let shell = Shell::new();

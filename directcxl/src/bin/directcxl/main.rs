@@ -100,10 +100,12 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         Some(
             Error::Fenced { .. }
             | Error::EpochTaken { .. }
+            | Error::BadEpoch { .. }
             | Error::NotWriter { .. }
             | Error::ReadOnly { .. }
             | Error::Live { .. }
             | Error::Foreign { .. }
+            | Error::InUse { .. }
             | Error::OwnHost { .. },
         ) => 4,
         Some(
