@@ -57,6 +57,7 @@
 struct Readme;
 
 mod arch;
+mod attach;
 pub mod backend;
 mod catalog;
 mod check;
@@ -75,7 +76,9 @@ mod pool;
 mod redo;
 mod space;
 mod superblock;
+mod take_over;
 pub mod topology;
+mod writer;
 
 pub use backend::{Backend, DevDax, FileHdm, MemfdHdm};
 pub use check::{CheckReport, Problem};

@@ -107,6 +107,10 @@ impl Pool {
             medium.write_back(area..area + ARENAS, Step::Arena)?;
         }
         let log = Log::new(medium, superblock, place);
+        // Each with a copy from the beginning: zeroes are what a lost line looks like.
+        for host in (0..superblock.hosts).filter(|host| *host != backend.host().0) {
+            log.write_record(&Record::idle(host))?;
+        }
         // An arena that was used before has entries of another incarnation, which are none.
         log.write_record(&Record {
             generation: 1,

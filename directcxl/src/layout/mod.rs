@@ -63,9 +63,8 @@
 //! 60   4  crc
 //! ```
 //!
-//! Of a host that never wrote both copies are zeroes, and its record is idle; so it is where the
-//! second copy is zeroes and the first was not finished. Where the first alone is zeroes it is lost,
-//! and the second holds.
+//! Of a host that never wrote both copies are idle, or zeroes in a pool that another program made. A
+//! copy that is zeroes beside a valid one is lost.
 //!
 //! The pool's state is the log in the arena of the *active* record with the highest epoch. A host
 //! that wants to write claims an epoch (`claiming`), reads that log to its end, writes what it says
@@ -78,8 +77,8 @@
 //!
 //! Two equal halves of 128 bytes. A half is valid if its crc is right, and its turn, epoch and
 //! sequence are the expected ones; an entry is valid if one of its halves is, and that one mends the
-//! other. The log ends at the first entry that is not valid; if any behind it in the arena is valid,
-//! or if it belongs to the checkpoint, the log is damaged.
+//! other. The log ends at the first entry that is not valid; if one of the 256 behind it in the arena is
+//! valid, or if it belongs to the checkpoint, the log is damaged.
 //!
 //! ```text
 //! 0    8  sequence
