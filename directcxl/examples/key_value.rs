@@ -26,6 +26,8 @@ const LENGTH: u64 = 16;
 const KEY: u64 = 24;
 /// How often each process counts each word, where the command line does not say.
 const ROUNDS: usize = 2000;
+/// Processes that are killed at least.
+const KILLS: usize = 20;
 /// What the command line of a worker begins with.
 const WORKER: &str = "--worker";
 const WORDS: [&str; 6] = [
@@ -186,7 +188,7 @@ fn run(
         workers.push(start()?);
     }
     let mut kills = 0;
-    while let Ok(None) = workers[0].try_wait() {
+    while kills < KILLS || matches!(workers[0].try_wait(), Ok(None)) {
         let mut victim = start()?;
         std::thread::sleep(std::time::Duration::from_millis(3));
         victim.kill()?;

@@ -42,8 +42,39 @@ pub enum Error {
         pool: Uuid,
     },
 
+    /// A pool is there, and somebody is attached to it: formatting would take the memory from under
+    /// them.
+    #[error(
+        "{place} is in use: somebody on this host is attached to a namespace of the pool there; end that first (`fuser` shows who has it open)"
+    )]
+    InUse {
+        /// The device or file.
+        place: String,
+    },
+
+    /// The pool was opened by the process that this one was forked from. The kernel's locks are
+    /// shared with it, and would not keep the two apart.
+    #[error(
+        "{place} was opened by process {opened_by}, from which this one was forked: open it anew here"
+    )]
+    Forked {
+        /// The device or file.
+        place: String,
+        /// Who opened it.
+        opened_by: u32,
+    },
+
+    /// There is no heap in the namespace.
+    #[error("namespace {namespace:?} holds no heap: make one with `Heap::format`")]
+    NotAHeap {
+        /// Its name.
+        namespace: String,
+    },
+
     /// What is on the medium contradicts itself, and no copy of it is left.
-    #[error("{place}: {what} is damaged beyond its copy; `directcxl check` lists what is left")]
+    #[error(
+        "{place}: {what} is damaged beyond its copy: restore it from a backup, or format it anew"
+    )]
     Corrupt {
         /// The device or file.
         place: String,
@@ -123,6 +154,15 @@ pub enum Error {
         by: HostId,
     },
 
+    /// An epoch after which there would be none.
+    #[error("epoch {epoch} is out of reach: the last one is {last}")]
+    BadEpoch {
+        /// The epoch that was asked for.
+        epoch: Epoch,
+        /// The last one.
+        last: Epoch,
+    },
+
     /// Another host is the writer.
     #[error("{by} writes with epoch {epoch}: to take over, open with a later epoch")]
     NotWriter {
@@ -139,8 +179,10 @@ pub enum Error {
         host: HostId,
     },
 
-    /// The handle is for reading only.
-    #[error("{what}: this pool was opened for reading; open it with `Role::Writer`")]
+    /// The handle, or the backend, is for reading only.
+    #[error(
+        "cannot {what}: what there is was opened for reading; open the backend for writing, and the pool with `Role::Writer`"
+    )]
     ReadOnly {
         /// What was tried.
         what: &'static str,
@@ -200,7 +242,7 @@ pub enum Error {
 
     /// There are as many namespaces as the log can hold.
     #[error(
-        "the log holds {used} of at most {most} namespaces: remove some, or format with more `entries`"
+        "the log is full: {used} of at most {most} are namespaces, or removed ones that are still attached; end or remove some, or format with more `entries`"
     )]
     LogFull {
         /// Namespaces, and removed ones in quarantine.
@@ -251,6 +293,18 @@ pub enum Error {
         offset: u64,
     },
 
+    /// The file system has no room for a page that was never touched. Nothing is lost: what was
+    /// written before is there.
+    #[error(
+        "{place} has no room for its page at {offset:#x}: its file system, or a quota, is full; make room, and try again"
+    )]
+    NoSpace {
+        /// The file.
+        place: String,
+        /// Where the page would be.
+        offset: u64,
+    },
+
     /// The memory reports an uncorrectable error.
     #[error(
         "{place} is poisoned at {offset:#x}: what was there is lost; overwrite all of the page, or remove the namespace"
@@ -274,13 +328,15 @@ pub enum Error {
     },
 
     /// There are not enough huge pages.
-    #[error("{place}: not enough free huge pages for {asked}: echo {pages} > {pool}/nr_hugepages")]
+    #[error(
+        "{place}: not enough free huge pages for {asked}: {pages} have to be free; raise {pool}/nr_hugepages, and the `size` of the mount if it has one"
+    )]
     NoHugePages {
         /// The file.
         place: String,
         /// What was asked for.
         asked: ByteSize,
-        /// Pages that would do.
+        /// Pages that it takes.
         pages: u64,
         /// Where the kernel counts them.
         pool: String,

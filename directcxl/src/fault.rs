@@ -1,20 +1,21 @@
-//! Copies that a bus error ends instead of the process.
+//! Copies and flushes that a bus error ends instead of the process.
 //!
-//! Memory of a device may go away, or report poison, while it is mapped; the kernel says so by
-//! SIGBUS at the instruction that touched it. Every copy of this crate goes through one routine. The
-//! handler looks whether the interrupted instruction is one of that routine's; if so it moves the
-//! instruction pointer to the routine's exit, and otherwise it hands the signal on to the handler
-//! that was there before. No `longjmp`, no allocation, no lock: nothing that a signal handler may not
-//! do.
+//! Memory of a device may go away, or report poison, while it is mapped; a file system may have no
+//! room for a page that was never touched. The kernel says so by SIGBUS at the instruction that
+//! touched it, and to flush a line is to touch it. Every copy and every flush of this crate goes
+//! through one of the routines here. The handler looks whether the interrupted instruction is one of
+//! theirs; if so it moves the instruction pointer to their exit, and otherwise it hands the signal on
+//! to the handler that was there before. No `longjmp`, no allocation, no lock: nothing that a signal
+//! handler may not do.
 
 use std::ptr;
 
 use crate::error::{Error, Result};
 
-/// What a copy met.
+/// What a copy or a flush met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Nothing is mapped there any more.
+    /// Nothing is there any more, or nothing could be put there: the backend knows which.
     Gone { address: usize },
     /// The memory reports an uncorrectable error.
     Poison { address: usize },
@@ -32,13 +33,33 @@ pub(crate) unsafe fn copy(
     from: *const u8,
     length: usize,
 ) -> std::result::Result<(), Fault> {
-    let (code, address) = guarded::copy(to, from, length);
-    match code {
-        0 => Ok(()),
-        // BUS_MCEERR_AR (sigaction(2)).
-        4 => Err(Fault::Poison { address }),
-        _ => Err(Fault::Gone { address }),
-    }
+    guarded::answer(guarded::copy(to, from, length))
+}
+
+/// How a line is written back or dropped.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum LineFlush {
+    /// Written back; it stays in the cache. Ordered by `sfence` only.
+    Clwb,
+    /// Written back, and gone; ordered by `sfence` only.
+    Clflushopt,
+    /// Written back, and gone; each one waits for the one before.
+    Clflush,
+}
+
+/// Flushes every line of `length` bytes. Fences are the caller's.
+///
+/// # Safety
+/// The range belongs to a live mapping, and the processor has the instruction. [`install`] has been
+/// called.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) unsafe fn flush(
+    how: LineFlush,
+    start: *const u8,
+    length: usize,
+) -> std::result::Result<(), Fault> {
+    guarded::answer(guarded::flush(how, start, length))
 }
 
 /// Elsewhere a copy is a copy.
@@ -77,17 +98,47 @@ mod guarded {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use super::ptr;
+    use super::{Fault, LineFlush, ptr};
+    use crate::arch::LINE;
 
-    // rdi, rsi, rcx: to, from, length. Ends with rax: 0, or the signal's code; rdx: its address.
-    // Small copies by words, since a string instruction takes tens of cycles to start, and since
+    // A copy: rdi, rsi, rcx: to, from, length. Ends with rax: 0, or the signal's code; rdx: its
+    // address. Small copies by words, since a string instruction takes tens of cycles to start, and since
     // eight aligned bytes have to be copied whole.
     global_asm!(
-        ".pushsection .text.directcxl_copy,\"ax\",@progbits",
+        ".pushsection .text.directcxl_guarded,\"ax\",@progbits",
         ".balign 64",
+        ".hidden directcxl_guarded",
         ".hidden directcxl_copy",
-        ".hidden directcxl_copy_end",
-        ".hidden directcxl_copy_out",
+        ".hidden directcxl_clwb",
+        ".hidden directcxl_clflushopt",
+        ".hidden directcxl_clflush",
+        ".hidden directcxl_guarded_end",
+        ".hidden directcxl_guarded_out",
+        ".globl directcxl_guarded",
+        "directcxl_guarded:",
+        // rdi, rsi: the first line and the end, at least one line apart. Returns as a copy does.
+        ".globl directcxl_clwb",
+        "directcxl_clwb:",
+        "clwb [rdi]",
+        "add rdi, 64",
+        "cmp rdi, rsi",
+        "jb directcxl_clwb",
+        "jmp 4f",
+        ".globl directcxl_clflushopt",
+        "directcxl_clflushopt:",
+        "clflushopt [rdi]",
+        "add rdi, 64",
+        "cmp rdi, rsi",
+        "jb directcxl_clflushopt",
+        "jmp 4f",
+        ".globl directcxl_clflush",
+        "directcxl_clflush:",
+        "clflush [rdi]",
+        "add rdi, 64",
+        "cmp rdi, rsi",
+        "jb directcxl_clflush",
+        "jmp 4f",
+        ".balign 64",
         ".globl directcxl_copy",
         "directcxl_copy:",
         "test cl, 7",
@@ -111,11 +162,11 @@ mod guarded {
         "rep movsb",
         "4:",
         "xor eax, eax",
-        ".globl directcxl_copy_end",
-        "directcxl_copy_end:",
+        ".globl directcxl_guarded_end",
+        "directcxl_guarded_end:",
         "ret",
-        ".globl directcxl_copy_out",
-        "directcxl_copy_out:",
+        ".globl directcxl_guarded_out",
+        "directcxl_guarded_out:",
         "ret",
         ".popsection",
     );
@@ -124,10 +175,57 @@ mod guarded {
     const BUS_MCEERR_AO: libc::c_int = 5;
 
     unsafe extern "C" {
-        // Symbols of the routine above: only their addresses are used.
+        // Symbols of the routines above: only their addresses are used.
+        static directcxl_guarded: u8;
         static directcxl_copy: u8;
-        static directcxl_copy_end: u8;
-        static directcxl_copy_out: u8;
+        static directcxl_clwb: u8;
+        static directcxl_clflushopt: u8;
+        static directcxl_clflush: u8;
+        static directcxl_guarded_end: u8;
+        static directcxl_guarded_out: u8;
+    }
+
+    /// What the signal's code and address mean.
+    pub(super) fn answer((code, address): (u64, usize)) -> Result<(), Fault> {
+        match code {
+            0 => Ok(()),
+            // BUS_MCEERR_AR (sigaction(2)).
+            4 => Err(Fault::Poison { address }),
+            _ => Err(Fault::Gone { address }),
+        }
+    }
+
+    /// Calls the routine for the lines of a range; gives the signal's code, or 0, and its address.
+    pub(super) fn flush(how: LineFlush, start: *const u8, length: usize) -> (u64, usize) {
+        if length == 0 {
+            return (0, 0);
+        }
+        let first = start.wrapping_sub(start.addr() % LINE);
+        let end = start.wrapping_add(length);
+        macro_rules! call {
+            ($routine:ident) => {{
+                let (code, address): (u64, usize);
+                // SAFETY: the caller of `super::flush` vouches for the range, and for the
+                // instruction. The routine changes the registers named here; it uses 8 bytes of
+                // stack for its return address, hence no `nostack`. It is an order on memory.
+                unsafe {
+                    asm!(
+                        "call {routine}",
+                        routine = sym $routine,
+                        inout("rdi") first => _,
+                        in("rsi") end,
+                        out("rax") code,
+                        lateout("rdx") address,
+                    );
+                }
+                (code, address)
+            }};
+        }
+        match how {
+            LineFlush::Clwb => call!(directcxl_clwb),
+            LineFlush::Clflushopt => call!(directcxl_clflushopt),
+            LineFlush::Clflush => call!(directcxl_clflush),
+        }
     }
 
     /// Calls the routine; gives the signal's code, or 0, and its address.
@@ -222,17 +320,18 @@ mod guarded {
         // SAFETY: the kernel passes a context to a handler with SA_SIGINFO.
         let registers = unsafe { &mut (*registers).uc_mcontext.gregs };
         let at = registers[libc::REG_RIP as usize] as usize;
-        let routine = (&raw const directcxl_copy).addr()..(&raw const directcxl_copy_end).addr();
+        let routines =
+            (&raw const directcxl_guarded).addr()..(&raw const directcxl_guarded_end).addr();
         // SAFETY: the kernel passes an information to a handler with SA_SIGINFO.
         let code = unsafe { (*info).si_code };
         // A signal that another process sent while a copy ran is not the copy's.
-        if routine.contains(&at) && !is_sent(code) {
+        if routines.contains(&at) && !is_sent(code) {
             // SAFETY: as above.
             let info = unsafe { &*info };
             registers[libc::REG_RAX as usize] = i64::from(code);
             // SAFETY: a SIGBUS that an instruction raised has an address.
             registers[libc::REG_RDX as usize] = unsafe { info.si_addr() }.addr() as i64;
-            registers[libc::REG_RIP as usize] = (&raw const directcxl_copy_out).addr() as i64;
+            registers[libc::REG_RIP as usize] = (&raw const directcxl_guarded_out).addr() as i64;
             return;
         }
         let sent = is_sent(code);
@@ -276,7 +375,7 @@ mod guarded {
 
 #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
 mod tests {
-    use super::{Fault, copy, install};
+    use super::{Fault, LineFlush, copy, flush, install};
     use std::os::fd::AsFd;
 
     #[test]
@@ -293,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_from_what_is_gone_is_an_answer_and_no_signal() {
+    fn a_copy_or_flush_of_what_is_gone_is_an_answer_and_no_signal() {
         install().unwrap();
         let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
         let file: std::fs::File = nix::sys::memfd::memfd_create("fault", flags)
@@ -316,7 +415,15 @@ mod tests {
             let written = unsafe { copy(gone, buffer.as_ptr(), length) };
             assert_eq!(written, Err(Fault::Gone { address }));
         }
+        for length in [1, 64, 100, 4096] {
+            // SAFETY: as above; every x86-64 has the instruction.
+            let flushed = unsafe { flush(LineFlush::Clflush, gone, length) };
+            let address = gone.addr();
+            assert_eq!(flushed, Err(Fault::Gone { address }));
+        }
         // SAFETY: this page is still there.
+        unsafe { flush(LineFlush::Clflush, map.as_ptr().wrapping_add(7), 4000) }.unwrap();
+        // SAFETY: as above.
         unsafe { copy(buffer.as_mut_ptr(), map.as_ptr(), 512) }.unwrap();
     }
 }

@@ -138,7 +138,7 @@ impl Heap {
     /// The heap that a namespace holds.
     ///
     /// # Errors
-    /// Where it holds none.
+    /// [`Error::NotAHeap`] where it holds none.
     pub fn open(namespace: &Namespace) -> Result<Self> {
         let length = namespace.length().get();
         let mut bytes = [0; 32];
@@ -158,11 +158,17 @@ impl Heap {
                 .checked_mul(1 << shift)
                 .and_then(|bytes| bytes.checked_add(blocks))
                 .is_some_and(|end| end <= length);
-        if !possible {
-            return Err(Error::Corrupt {
-                place: format!("namespace {:?}", namespace.name()),
-                what: "the head of a heap (or it holds none: `Heap::format` makes one)".to_owned(),
+        // Zeroes are a namespace without a heap, or with one that was not finished.
+        if magic == 0 {
+            return Err(Error::NotAHeap {
+                namespace: namespace.name().to_owned(),
             });
+        }
+        if !possible {
+            return Err(Error::corrupt(
+                &format!("namespace {:?}", namespace.name()),
+                "the head of a heap (or something else is there)",
+            ));
         }
         Ok(Self {
             namespace: namespace.clone(),
@@ -321,6 +327,7 @@ impl Heap {
 
     fn lock_process(&self) -> Result<lock::Guard<'_>> {
         let inner = &self.namespace.inner;
+        inner.shared.is_this_process()?;
         if inner.shared.epoch.is_none() {
             return Err(Error::ReadOnly { what: "use a heap" });
         }

@@ -24,6 +24,10 @@ impl Epoch {
     /// Whatever this host writes with already: joins its other processes, and takes nothing over.
     pub const CURRENT: Self = Self(0);
 
+    /// The last one that a pool is opened with. It is far away on purpose: a slip of the finger that
+    /// took the last number there is would leave none for anybody else.
+    pub const LAST: Self = Self(1 << 62);
+
     /// The one after.
     #[must_use]
     pub fn next(self) -> Self {

@@ -10,7 +10,8 @@ use crate::HostId;
 use crate::error::{Error, Result};
 use crate::flush::Step;
 use crate::layout::{
-    LEASE_HEAD, LEASE_SLOTS, LEASES, LOCK_LEASE, LOCK_LEASES, Lease, LeaseHead, Seed, Superblock,
+    LEASE_HEAD, LEASE_SLOTS, LEASES, LOCK_LEASE, LOCK_LEASES, Lease, LeaseHead, MOST_GENERATION,
+    Seed, Superblock,
 };
 use crate::lock::{self, Guard, Kind};
 use crate::medium::Medium;
@@ -156,6 +157,11 @@ pub(crate) fn byte(generation: u64) -> u64 {
 /// Whether a process of this host, other than through this descriptor, is attached.
 pub(crate) fn is_attached_elsewhere(fd: BorrowedFd<'_>, generation: u64) -> Result<bool> {
     lock::is_held_elsewhere(fd, byte(generation))
+}
+
+/// Whether any process of this host, other than through this descriptor, is attached to anything.
+pub(crate) fn is_anybody_attached(fd: BorrowedFd<'_>) -> Result<bool> {
+    lock::is_any_held_elsewhere(fd, LOCK_LEASE, MOST_GENERATION)
 }
 
 /// Where a host's area is, for a medium that maps everything from the beginning.

@@ -10,8 +10,7 @@
 //! Choose a backend, make a pool of it, make a namespace:
 //!
 //! ```
-//! use carlsbad_types::ByteSize;
-//! use directcxl::{FormatOptions, MemfdHdm, NamespaceOptions, Pool};
+//! use directcxl::{ByteSize, FormatOptions, MemfdHdm, NamespaceOptions, Pool};
 //!
 //! # fn main() -> directcxl::Result<()> {
 //! let memory = MemfdHdm::new(ByteSize::mib(32))?; // or FileHdm, or DevDax
@@ -58,6 +57,7 @@
 struct Readme;
 
 mod arch;
+mod attach;
 pub mod backend;
 mod catalog;
 mod check;
@@ -76,7 +76,9 @@ mod pool;
 mod redo;
 mod space;
 mod superblock;
+mod take_over;
 pub mod topology;
+mod writer;
 
 pub use backend::{Backend, DevDax, FileHdm, MemfdHdm};
 pub use check::{CheckReport, Problem};
@@ -86,3 +88,6 @@ pub use host::{Epoch, HostId, Role};
 pub use namespace::{Contents, Handle, Namespace, NamespaceInfo, NamespaceOptions};
 pub use pool::{Pool, PoolInfo};
 pub use superblock::FormatOptions;
+
+#[doc(no_inline)]
+pub use carlsbad_types::ByteSize;

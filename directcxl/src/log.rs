@@ -10,8 +10,9 @@ use crate::layout::{ENTRY, Entry, HALF, HostState, Operation, RECORDS, Record, S
 use crate::medium::Medium;
 use crate::{Epoch, HostId};
 
-/// How far behind the end of a log is looked for entries that a damaged one hides.
-const LOOK_AHEAD: u64 = 8;
+/// How far behind the end of a log is looked for entries that damaged ones hide: sixteen pages. What
+/// is lost at once is a line, or a page of sixteen entries.
+const LOOK_AHEAD: u64 = 256;
 /// How often reading begins again because a writer began a new arena meanwhile.
 const TRIES: usize = 1000;
 
@@ -36,6 +37,16 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// A state that no log has, so that the first look reads everything.
+    pub(crate) fn unread(superblock: &Superblock) -> Self {
+        Self {
+            record: Record::idle(u16::MAX),
+            position: 0,
+            catalog: Catalog::new(superblock.data(), 1),
+            damaged: Vec::new(),
+        }
+    }
+
     /// Of the next entry.
     pub(crate) fn sequence(&self) -> u64 {
         self.record.first_sequence.saturating_add(self.position)
@@ -50,11 +61,29 @@ pub(crate) struct Records {
     pub(crate) differing: usize,
 }
 
+/// What a place where a copy of a record should be holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stored {
+    Valid(Record),
+    /// It was never written, or is lost.
+    Zeroes,
+    Damaged,
+}
+
 /// An entry that was read.
 pub(crate) struct Read {
     pub(crate) entry: Entry,
     /// Halves that are not it.
     pub(crate) damaged: [bool; 2],
+}
+
+/// Whether the log was read before up to where it is read on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    /// What was there then is known: whatever damage there is came since.
+    Before,
+    /// What lies behind its end is looked through.
+    Never,
 }
 
 impl Log {
@@ -71,18 +100,20 @@ impl Log {
         Error::corrupt(&self.place, what)
     }
 
-    /// One copy of a record; a place that was never written holds the idle one.
-    fn copy(&self, host: u16, copy: usize) -> Result<Option<Record>> {
+    /// One copy of a record.
+    fn copy(&self, host: u16, copy: usize) -> Result<Stored> {
         let at = self.superblock.area(host) + RECORDS[copy];
         let mut bytes = [0; Record::SIZE];
         let line = at..at + Record::SIZE as u64;
         self.medium.invalidate(line, Step::AcquireRecord)?;
         self.medium.load(at, &mut bytes)?;
         if bytes.iter().all(|byte| *byte == 0) {
-            return Ok(Some(Record::idle(host)));
+            return Ok(Stored::Zeroes);
         }
         let record = Record::decode(&bytes, self.seed);
-        Ok(record.filter(|record| record.host == host))
+        Ok(record
+            .filter(|record| record.host == host)
+            .map_or(Stored::Damaged, Stored::Valid))
     }
 
     /// A host's record. The first copy is written first: where it is valid it is the later one.
@@ -90,11 +121,15 @@ impl Log {
         // A line that is read while it is written is neither: the second look finds it whole, or
         // finds that a crash left it so.
         for _ in 0..2 {
-            if let Some(record) = self.copy(host, 0)? {
+            let first = self.copy(host, 0)?;
+            if let Stored::Valid(record) = first {
                 return Ok(record);
             }
-            if let Some(record) = self.copy(host, 1)? {
-                return Ok(record);
+            match (first, self.copy(host, 1)?) {
+                (_, Stored::Valid(record)) => return Ok(record),
+                // It was never written, or not to the end.
+                (_, Stored::Zeroes) => return Ok(Record::idle(host)),
+                (_, Stored::Damaged) => {}
             }
         }
         Err(self.corrupt(format!("the record of {}", HostId(host))))
@@ -105,7 +140,12 @@ impl Log {
         let record = self.record(host)?;
         let mut differing = 0;
         for copy in 0..2 {
-            differing += usize::from(self.copy(host, copy)? != Some(record));
+            let same = match self.copy(host, copy)? {
+                Stored::Valid(found) => found == record,
+                Stored::Zeroes => record == Record::idle(host),
+                Stored::Damaged => false,
+            };
+            differing += usize::from(!same);
         }
         Ok(Records { record, differing })
     }
@@ -212,10 +252,14 @@ impl Log {
     /// the old arena holds.
     pub(crate) fn begin_turn(&self, state: &mut State, host: u16, epoch: Epoch) -> Result<()> {
         let own = self.record(host)?;
+        let next = |number: u64| {
+            let last = || self.corrupt(format!("the record of {}", HostId(host)));
+            number.checked_add(1).ok_or_else(last)
+        };
         let record = Record {
-            generation: own.generation + 1,
+            generation: next(own.generation)?,
             epoch: epoch.0,
-            turn: own.turn + 1,
+            turn: next(own.turn)?,
             first_sequence: state.sequence(),
             next_generation: state.catalog.next_generation(),
             checkpoint: u32::try_from(state.catalog.weight())
@@ -254,7 +298,7 @@ impl Log {
                 && record.first_sequence == known.first_sequence;
             let before = state.position;
             let read = if same {
-                self.advance(state, 1)
+                self.advance(state, Seen::Before)
             } else {
                 self.replay(record).map(|new| *state = new)
             };
@@ -284,20 +328,24 @@ impl Log {
             catalog: Catalog::new(self.superblock.data(), record.next_generation),
             damaged: Vec::new(),
         };
-        self.advance(&mut state, LOOK_AHEAD)?;
+        self.advance(&mut state, Seen::Never)?;
         Ok(state)
     }
 
-    fn advance(&self, state: &mut State, look_ahead: u64) -> Result<()> {
+    fn advance(&self, state: &mut State, seen: Seen) -> Result<()> {
         while state.position < self.superblock.entries {
             let index = state.position;
             let mut read = self.read(&state.record, index)?;
             if read.is_none() {
-                let end = (index + 1 + look_ahead).min(self.superblock.entries);
-                let mut hidden = index < state.record.checkpoint.into();
-                for later in index + 1..end {
-                    hidden = hidden || self.read(&state.record, later)?.is_some();
-                }
+                let hidden = index < state.record.checkpoint.into()
+                    || match seen {
+                        Seen::Before => {
+                            let next = index + 1;
+                            next < self.superblock.entries
+                                && self.read(&state.record, next)?.is_some()
+                        }
+                        Seen::Never => self.any_behind(&state.record, index + 1)?,
+                    };
                 if !hidden {
                     return Ok(());
                 }
@@ -319,6 +367,26 @@ impl Log {
             }
         }
         Ok(())
+    }
+
+    /// Whether any entry from `index` on is valid, as far as is looked.
+    fn any_behind(&self, record: &Record, index: u64) -> Result<bool> {
+        let end = self.superblock.entries.min(index + LOOK_AHEAD);
+        let mut bytes = vec![0; (end.saturating_sub(index) * ENTRY) as usize];
+        let at = self.superblock.entry(record.host, record.turn, index);
+        let range = at..at + bytes.len() as u64;
+        self.medium.invalidate(range, Step::AcquireEntry)?;
+        self.medium.load(at, &mut bytes)?;
+        let (halves, _) = bytes.as_chunks::<{ HALF as usize }>();
+        for (i, half) in halves.iter().enumerate() {
+            let later = index + i as u64 / 2;
+            let sequence = record.first_sequence.saturating_add(later);
+            // Most are zeroes, or of an earlier arena: one that may be it is read in full.
+            if half[..8] == sequence.to_le_bytes() && self.read(record, later)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether a record ends the right of `host` to write with `epoch`. `now` is what was just read.

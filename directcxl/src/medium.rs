@@ -52,14 +52,15 @@ pub trait Medium: fmt::Debug + Send + Sync {
     /// there. `step` says what for.
     ///
     /// # Errors
-    /// For a range outside, and where the backend writes to a disk that fails.
+    /// For a range outside, where the memory is gone, and where the backend writes to a disk that
+    /// fails.
     fn write_back(&self, range: Range<u64>, step: Step) -> Result<()>;
 
     /// Drops the lines of `range` from this host's caches, so that loads see what other hosts wrote
     /// back. `step` says what for.
     ///
     /// # Errors
-    /// For a range outside.
+    /// For a range outside, and where the memory is gone.
     fn invalidate(&self, range: Range<u64>, step: Step) -> Result<()>;
 }
 
@@ -192,10 +193,12 @@ impl Memory {
         let (fault::Fault::Gone { address } | fault::Fault::Poison { address }) = fault;
         let into = address.wrapping_sub(self.map.as_ptr().addr()) as u64;
         let offset = self.offset.wrapping_add(into);
-        let place = self.backend.place();
         match fault {
-            fault::Fault::Gone { .. } => Error::Removed { place, offset },
-            fault::Fault::Poison { .. } => Error::Poisoned { place, offset },
+            fault::Fault::Gone { .. } => self.backend.bus_error(offset),
+            fault::Fault::Poison { .. } => Error::Poisoned {
+                place: self.backend.place(),
+                offset,
+            },
         }
     }
 }
@@ -229,8 +232,9 @@ impl Medium for Memory {
         let start = self.at(&range)?;
         let length = (range.end - range.start) as usize;
         if self.write_back {
-            // SAFETY: `at` has checked the range against the mapping.
-            unsafe { arch::write_back(start, length) };
+            // SAFETY: `at` has checked the range against the mapping, and `map` has installed the
+            // handler.
+            unsafe { arch::write_back(start, length) }.map_err(|why| self.fault(why))?;
         }
         if self.sync {
             self.map
@@ -243,8 +247,9 @@ impl Medium for Memory {
     fn invalidate(&self, range: Range<u64>, _: Step) -> Result<()> {
         let start = self.at(&range)?;
         if self.invalidate {
-            // SAFETY: `at` has checked the range against the mapping.
-            unsafe { arch::invalidate(start, (range.end - range.start) as usize) };
+            let length = (range.end - range.start) as usize;
+            // SAFETY: as in `write_back`.
+            unsafe { arch::invalidate(start, length) }.map_err(|why| self.fault(why))?;
         }
         Ok(())
     }

@@ -109,13 +109,18 @@ pub(crate) struct Inner {
     pub(crate) extent: Extent,
     pub(crate) name: String,
     pub(crate) medium: Box<dyn Medium>,
-    /// Held by whoever of this process changes the heap: the kernel's lock is the process'.
-    pub(crate) heap: Mutex<()>,
+    /// Held by whoever of this process changes the heap: the kernel's lock is the process'. One for
+    /// all mappings of a namespace, of which there are two after it was resized.
+    pub(crate) heap: Arc<Mutex<()>>,
+    /// Which attached. A forked child has a copy of this, but the lease is its parent's to end.
+    pub(crate) process: u32,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.shared.detach(self.generation);
+        if std::process::id() == self.process {
+            self.shared.detach(self.generation);
+        }
     }
 }
 
@@ -166,7 +171,7 @@ impl Namespace {
     /// medium is. Stores to the range that other threads make meanwhile may be left out.
     ///
     /// # Errors
-    /// Where the range does not lie within the namespace.
+    /// Where the range does not lie within the namespace, or the memory is gone.
     pub fn publish(&self, range: Range<u64>) -> Result<()> {
         self.inner.medium.write_back(range, Step::Publish)
     }
@@ -175,15 +180,19 @@ impl Namespace {
     /// have published its own stores to these lines before: they are written over what others wrote.
     ///
     /// # Errors
-    /// Where the range does not lie within the namespace.
+    /// Where the range does not lie within the namespace, or the memory is gone.
     pub fn acquire(&self, range: Range<u64>) -> Result<()> {
         self.inner.medium.invalidate(range, Step::Acquire)
     }
 
     /// Copies bytes out. Eight aligned bytes are read as one.
     ///
+    /// Memory that is gone is an error, but not in a thread that blocks SIGBUS, nor where a handler
+    /// that was installed after the first pool was opened takes the signal for itself.
+    ///
     /// # Errors
-    /// [`Error::Removed`] and [`Error::Poisoned`] where the memory is; for a range outside.
+    /// [`Error::Removed`] and [`Error::Poisoned`] where the memory is; [`Error::NoSpace`] where a page
+    /// that was never touched finds none; for a range outside.
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         self.inner.medium.load(offset, out)
     }
@@ -197,7 +206,8 @@ impl Namespace {
     }
 
     /// An atomic number of the namespace, for processes of one host. Between hosts whose coherence
-    /// is software's, no atomic operation means anything.
+    /// is software's, no atomic operation means anything. As with [`Namespace::as_ptr`], where the
+    /// memory is removed an access is a bus error.
     ///
     /// # Errors
     /// Where the place is not a multiple of 8 or outside, and for a reader.

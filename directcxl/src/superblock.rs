@@ -10,16 +10,19 @@ use crate::error::{Error, Result};
 use crate::flush::Step;
 use crate::host::{Epoch, Role};
 use crate::layout::{
-    ARENAS, ENTRY, EXTENT, Found, HostState, LEAST_ENTRIES, MAGIC, MOST_HOSTS, Record, SUPERBLOCKS,
-    Superblock, VERSION,
+    ARENAS, ENTRY, EXTENT, Found, HostState, LEAST_ENTRIES, LOCK_APPEND, MAGIC, MOST_HOSTS,
+    RECORDS, Record, SUPERBLOCKS, Superblock, VERSION,
 };
+use crate::lease;
+use crate::lock::{self, Kind};
 use crate::log::Log;
 use crate::medium::{Access, Medium};
-use crate::pool::Pool;
+use crate::pool::{PATIENCE, Pool};
 
-/// Bytes at the beginning of a device that have to be zero for it to be called empty. File systems
-/// and partition tables have their mark there.
-const LOOKED_AT: usize = 8192;
+/// Bytes that are read at once of what has to be zero for a device to be called empty.
+const PIECE: u64 = 64 << 10;
+/// Bytes at the place of a copy that are zeroed before another pool is made.
+const PAGE: usize = 4096;
 
 /// How a pool is made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,8 +49,12 @@ impl Default for FormatOptions {
 impl Pool {
     /// Makes a pool of all of a backend, and opens it with [`Epoch::FIRST`].
     ///
+    /// The room of the pool's own structures is taken at once, where the backend knows how; that of
+    /// namespaces when they are touched.
+    ///
     /// # Errors
-    /// Where a pool or something else is there and is not to be lost, or there is too little room.
+    /// Where a pool or something else is there and is not to be lost, or there is too little room;
+    /// [`Error::InUse`] where somebody on this host is attached to a namespace of what is there.
     pub fn format(backend: impl Backend + 'static, options: FormatOptions) -> Result<Self> {
         Self::format_shared(Arc::new(backend), options)
     }
@@ -68,15 +75,29 @@ impl Pool {
         if !backend.geometry().writable {
             return Err(Error::ReadOnly { what: "format it" });
         }
+        // Of two that find nothing there at the same time, one makes the pool.
+        let alone = lock::acquire(
+            backend.as_fd(),
+            LOCK_APPEND,
+            Kind::Exclusive,
+            PATIENCE,
+            "the log",
+        )?;
         if !options.overwrite {
-            refuse_what_is_there(&backend)?;
+            refuse_what_is_there(&backend, &superblock)?;
+        }
+        // Whatever is to be lost, nobody's memory is taken from under them.
+        if lease::is_anybody_attached(backend.as_fd())? {
+            return Err(Error::InUse { place });
         }
         let everything = 0..superblock.data_start();
+        // So that a full file system cannot keep a namespace from being removed.
+        backend.reserve(everything.clone())?;
         let medium = Arc::clone(&backend).map(everything, Access::Write, false)?;
         // A crash from here on leaves no pool, until the new superblock is there.
         for (at, step) in copies() {
-            let end = at + LOOKED_AT as u64 / 2;
-            medium.store(at, &[0; LOOKED_AT / 2])?;
+            let end = at + PAGE as u64;
+            medium.store(at, &[0; PAGE])?;
             medium.write_back(at..end, step)?;
         }
         let zeroes = vec![0; ARENAS as usize];
@@ -86,6 +107,10 @@ impl Pool {
             medium.write_back(area..area + ARENAS, Step::Arena)?;
         }
         let log = Log::new(medium, superblock, place);
+        // Each with a copy from the beginning: zeroes are what a lost line looks like.
+        for host in (0..superblock.hosts).filter(|host| *host != backend.host().0) {
+            log.write_record(&Record::idle(host))?;
+        }
         // An arena that was used before has entries of another incarnation, which are none.
         log.write_record(&Record {
             generation: 1,
@@ -95,7 +120,7 @@ impl Pool {
             ..Record::idle(backend.host().0)
         })?;
         write(&*log.medium, &superblock)?;
-        drop(log);
+        drop((log, alone));
         Self::open_shared(backend, Role::Writer(Epoch::CURRENT))
     }
 }
@@ -220,7 +245,9 @@ fn head(backend: &Arc<dyn Backend>) -> Result<Box<dyn Medium>> {
     Arc::clone(backend).map(0..EXTENT, Access::Read, false)
 }
 
-fn refuse_what_is_there(backend: &Arc<dyn Backend>) -> Result<()> {
+/// Refuses a pool, and anything else in what a pool's own structures take: file systems, partition
+/// tables and volume managers have their marks in the first 2 MiB.
+fn refuse_what_is_there(backend: &Arc<dyn Backend>, planned: &Superblock) -> Result<()> {
     let head = head(backend)?;
     let place = backend.place();
     for at in SUPERBLOCKS {
@@ -233,11 +260,24 @@ fn refuse_what_is_there(backend: &Arc<dyn Backend>) -> Result<()> {
             Found::Nothing | Found::Damaged => {}
         }
     }
-    let mut bytes = vec![0; LOOKED_AT];
-    head.invalidate(0..LOOKED_AT as u64, Step::AcquireSuperblock)?;
-    head.load(0, &mut bytes)?;
-    if bytes.iter().any(|byte| *byte != 0) {
-        return Err(Error::Foreign { place });
+    drop(head);
+    let everything = 0..planned.data_start();
+    let medium = Arc::clone(backend).map(everything.clone(), Access::Read, false)?;
+    let mut bytes = vec![0; PIECE as usize];
+    for from in everything.step_by(PIECE as usize) {
+        medium.invalidate(from..from + PIECE, Step::AcquireSuperblock)?;
+        medium.load(from, &mut bytes)?;
+        // A pool that was not finished has a record already, which is written before the superblock.
+        for host in 0..planned.hosts {
+            for at in RECORDS.map(|at| planned.area(host) + at) {
+                if let Some(at) = at.checked_sub(from).filter(|at| *at < PIECE) {
+                    bytes[at as usize..at as usize + Record::SIZE].fill(0);
+                }
+            }
+        }
+        if bytes.iter().any(|byte| *byte != 0) {
+            return Err(Error::Foreign { place });
+        }
     }
     Ok(())
 }

@@ -39,6 +39,8 @@ fn format(seed: u64, without: Option<Step>) -> (Arc<World>, Pool) {
     let options = FormatOptions {
         // Small, so that new arenas are begun all the time.
         entries: 12,
+        // There is nothing: to look for it in the model takes longer than all the rest.
+        overwrite: true,
         ..FormatOptions::default()
     };
     let pool = Pool::format(world.host(0, Coherence::Hardware), options).unwrap();

@@ -113,6 +113,101 @@ fn a_message_says_its_reason_once() {
     assert_eq!(said.matches("No such file").count(), 1, "{said}");
 }
 
+/// It said "No space left on device", of which one it did not say.
+#[test]
+fn a_full_standard_output_is_said_to_be_that_and_what_is_done_is_said_to_be_done() {
+    let shell = Shell::new();
+    shell.run(0, "format POOL --size 32M");
+    let pool = shell.pool().display().to_string();
+    let full = |arguments: &[&str]| {
+        let full = std::fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_directcxl"))
+            .args(arguments)
+            .stdout(full)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = full(&["list", &pool]);
+    assert!(said.contains("cannot write to standard output"), "{said}");
+    assert_eq!(said.matches("No space left").count(), 1, "{said}");
+    assert!(!said.contains("done"), "{said}");
+    let said = full(&["create", &pool, "a", "2M"]);
+    assert!(said.contains("what was asked for is done"), "{said}");
+    assert_eq!(shell.json("list POOL")["namespaces"][0]["name"], "a");
+    let said = full(&["--json", "remove", &pool, "a"]);
+    let said: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(said["kind"], "failed");
+    assert!(full(&["--help"]).contains("cannot write to standard output"));
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_ends_it_without_a_word() {
+    let shell = Shell::new();
+    shell.run(0, "format POOL --size 32M");
+    shell.run(0, "create POOL a 2M");
+    for arguments in ["list", "check", "--help"] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_directcxl"))
+            .arg(arguments)
+            .arg(shell.pool())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{arguments}: {}", output.status);
+        assert!(output.stderr.is_empty(), "{arguments}");
+    }
+}
+
+/// What waits for another process can be interrupted, and has changed nothing then.
+#[test]
+fn an_interrupt_ends_it_at_once_and_leaves_the_pool_as_it_was() {
+    use nix::fcntl::{FcntlArg, fcntl};
+    use nix::sys::signal::{Signal, kill};
+    use std::os::unix::process::ExitStatusExt;
+    let shell = Shell::new();
+    shell.run(0, "format POOL --size 32M");
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(shell.pool())
+        .unwrap();
+    // The lock on the log, as `layout` has it.
+    let lock = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 1 << 62,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_directcxl"))
+            .arg("create")
+            .arg(shell.pool())
+            .args(["a", "2M"])
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert!(child.try_wait().unwrap().is_none());
+        let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+        kill(pid, signal).unwrap();
+        let asked = std::time::Instant::now();
+        assert_eq!(child.wait().unwrap().signal(), Some(signal as i32));
+        assert!(asked.elapsed() < std::time::Duration::from_secs(2));
+    }
+    drop(file);
+    assert_eq!(shell.json("list POOL")["namespaces"], Value::Array(vec![]));
+    assert_eq!(shell.json("check POOL")["ok"], true);
+    shell.run(0, "create POOL a 2M");
+}
+
 #[test]
 fn a_host_that_evicts_itself_is_told_that_it_is_alive() {
     let shell = Shell::new();
@@ -130,6 +225,33 @@ fn a_file_that_is_too_small_for_a_pool_is_not_left_behind() {
     shell.run(1, "format POOL --size 2M");
     assert!(!shell.pool().exists());
     shell.run(0, "format POOL --size 64M");
+}
+
+/// The size was ignored.
+#[test]
+fn a_size_is_for_a_file_that_is_not_there() {
+    let shell = Shell::new();
+    std::fs::File::create(shell.pool())
+        .unwrap()
+        .set_len(32 << 20)
+        .unwrap();
+    let failed = shell.run(1, "format POOL --size 64M");
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(said.contains("leave out --size"), "{said}");
+    // What a format that was killed has left is finished.
+    shell.run(0, "format POOL --size 32M");
+}
+
+/// What lies where was guessed from its path.
+#[test]
+fn a_file_is_a_file_wherever_it_lies() {
+    let shell = Shell::new();
+    shell.run(0, "format POOL --size 16M");
+    let other = format!("/dev/..{}", shell.pool().display());
+    assert_eq!(shell.json(&format!("list {other}"))["hosts"], 1);
+    let failed = shell.run(1, "list /dev/dax99.9");
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(said.contains("no such DAX device"), "{said}");
 }
 
 #[test]

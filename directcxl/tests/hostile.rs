@@ -167,7 +167,8 @@ fn random_bytes_are_no_pool_and_no_heap() {
     }
     let (pool, _) = common::pool(8);
     let namespace = pool.create("heap", MIB2, PLAIN).unwrap();
-    assert!(matches!(Heap::open(&namespace), Err(Error::Corrupt { .. })));
+    let none = Heap::open(&namespace);
+    assert!(matches!(none, Err(Error::NotAHeap { .. })), "{none:?}");
     let heap = Heap::format(&namespace, HeapOptions::default()).unwrap();
     let places: Vec<_> = (0..50)
         .map(|_| heap.allocate(ByteSize::new(rng.u64(1..5000))).unwrap())
@@ -311,7 +312,14 @@ fn a_full_log_says_so_and_goes_on_when_something_is_removed() {
     }
     let full = pool.create("one more", MIB2, PLAIN);
     assert!(
-        matches!(full, Err(Error::LogFull { used: 6, most: 6 })),
+        matches!(
+            full,
+            Err(Error::LogFull {
+                used: 6,
+                most: 6,
+                ..
+            })
+        ),
         "{full:?}"
     );
     for _ in 0..50 {
@@ -379,30 +387,119 @@ fn a_file_that_is_no_pool_or_something_else_is_not_touched() {
     ));
 }
 
+/// A tmpfs of so many MiB, which is unmounted when it is dropped.
+struct SmallTmpfs(tempfile::TempDir);
+
+impl SmallTmpfs {
+    fn of(mib: u32) -> Self {
+        let dir = carlsbad_kit::scratch::on_disk().unwrap();
+        let flags = nix::mount::MsFlags::empty();
+        let size = format!("size={mib}m");
+        nix::mount::mount(
+            Some("tmpfs"),
+            dir.path(),
+            Some("tmpfs"),
+            flags,
+            Some(&*size),
+        )
+        .unwrap();
+        Self(dir)
+    }
+
+    fn pool(&self) -> std::path::PathBuf {
+        self.0.path().join("pool")
+    }
+
+    fn make(&self, mib: u64) -> Pool {
+        let file = FileHdm::create(self.pool(), ByteSize::mib(mib)).unwrap();
+        Pool::format(file, FormatOptions::default()).unwrap()
+    }
+
+    /// Bytes that are taken.
+    fn used(&self) -> u64 {
+        let system = nix::sys::statfs::statfs(self.0.path()).unwrap();
+        (system.blocks() - system.blocks_free()) * system.block_size() as u64
+    }
+}
+
+impl Drop for SmallTmpfs {
+    fn drop(&mut self) {
+        let _gone = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// It was said to be removed.
 #[test]
-fn a_full_file_system_is_an_error_and_no_signal() {
+fn a_full_file_system_is_an_error_of_its_own_and_no_signal() {
     use carlsbad_kit::capability::Capability;
     carlsbad_kit::require!(Capability::Root, Capability::TmpfsMount);
-    let dir = carlsbad_kit::scratch::on_disk().unwrap();
-    nix::mount::mount(
-        Some("tmpfs"),
-        dir.path(),
-        Some("tmpfs"),
-        nix::mount::MsFlags::empty(),
-        Some("size=3m"),
-    )
-    .unwrap();
-    let refused = FileHdm::create(dir.path().join("pool"), ByteSize::mib(16))
-        .and_then(|file| Pool::format(file, FormatOptions::default()))
-        .and_then(|pool| {
-            let namespace = pool.create("a", ByteSize::mib(4), PLAIN)?;
-            for at in (0..4 << 20).step_by(4096) {
-                namespace.write(at, &[1])?;
-            }
-            Ok(())
-        });
-    nix::mount::umount2(dir.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
-    assert!(matches!(refused, Err(Error::Removed { .. })), "{refused:?}");
+    let small = SmallTmpfs::of(7);
+    let pool = small.make(16);
+    let a = pool.create("a", ByteSize::mib(4), PLAIN).unwrap();
+    let mut last = Ok(());
+    let mut written = 0;
+    while last.is_ok() {
+        last = a.write(written, &[1]);
+        written += 4096;
+    }
+    assert!(
+        matches!(last, Err(Error::NoSpace { offset, .. }) if offset == a.handle().offset + written - 4096),
+        "{last:?}"
+    );
+    // What was written is there, for a reader as well; a hole is no page that was removed.
+    let reader = Pool::open(FileHdm::open_read_only(small.pool()).unwrap(), Role::Reader).unwrap();
+    let seen = reader.attach("a").unwrap();
+    let mut byte = [0];
+    seen.read(written - 8192, &mut byte).unwrap();
+    assert_eq!(byte, [1]);
+    let refused = seen.read(written, &mut byte);
+    assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
+    // The log has its room: what is full can be emptied, and its memory is the file system's again.
+    drop((a, seen));
+    pool.remove("a").unwrap();
+    let a = pool.create("a", MIB2, PLAIN).unwrap();
+    fill(&a, 7);
+    assert_eq!(sum(&a), 7);
+    // The control: what is cut is removed, full or not.
+    std::fs::write(small.0.path().join("rest"), vec![1; 8 << 20]).unwrap_err();
+    let file = OpenOptions::new().write(true).open(small.pool()).unwrap();
+    file.set_len(a.handle().offset).unwrap();
+    let cut = a.read(0, &mut byte);
+    assert!(matches!(cut, Err(Error::Removed { .. })), "{cut:?}");
+}
+
+#[test]
+fn a_pool_for_which_there_is_no_room_is_not_made() {
+    use carlsbad_kit::capability::Capability;
+    carlsbad_kit::require!(Capability::Root, Capability::TmpfsMount);
+    let small = SmallTmpfs::of(3);
+    let file = FileHdm::create(small.pool(), ByteSize::mib(16)).unwrap();
+    let refused = Pool::format(file, FormatOptions::default());
+    assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
+    let none = Pool::open(FileHdm::open(small.pool()).unwrap(), Role::Reader);
+    assert!(matches!(none, Err(Error::NotAPool { .. })), "{none:?}");
+}
+
+/// A line is touched when it is flushed: the process died of it.
+#[test]
+fn a_flush_of_what_cannot_be_touched_is_an_error_and_no_signal() {
+    use carlsbad_kit::capability::Capability;
+    use directcxl::backend::Coherence;
+    carlsbad_kit::require!(Capability::Root, Capability::TmpfsMount);
+    let small = SmallTmpfs::of(6);
+    let file = FileHdm::create(small.pool(), ByteSize::mib(16)).unwrap();
+    let file = file.coherence(Coherence::Software);
+    let pool = Pool::format(file, FormatOptions::default()).unwrap();
+    let a = pool.create("a", ByteSize::mib(8), PLAIN).unwrap();
+    let all = 0..a.length().get();
+    for refused in [a.publish(all.clone()), a.acquire(all.clone())] {
+        assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
+    }
+    let file = OpenOptions::new().write(true).open(small.pool()).unwrap();
+    file.set_len(a.handle().offset).unwrap();
+    for refused in [a.publish(0..8), a.acquire(0..8), a.publish(all)] {
+        assert!(matches!(refused, Err(Error::Removed { .. })), "{refused:?}");
+    }
 }
 
 /// A pipe without a writer had whoever opened it for reading wait for one.
@@ -425,39 +522,37 @@ fn a_pipe_is_refused_and_not_waited_for() {
     );
 }
 
-/// `MAP_POPULATE` does not say that it failed: the first touch of the mapping was a signal.
+/// `MAP_POPULATE` does not say that it failed: the first touch of the mapping was a signal. And what
+/// could not be populated was there nevertheless, and kept what it had taken.
 #[test]
-fn what_cannot_be_populated_is_an_error_and_not_a_later_signal() {
+fn what_cannot_be_populated_is_not_made() {
     use carlsbad_kit::capability::Capability;
     carlsbad_kit::require!(Capability::Root, Capability::TmpfsMount);
-    let dir = carlsbad_kit::scratch::on_disk().unwrap();
-    nix::mount::mount(
-        Some("tmpfs"),
-        dir.path(),
-        Some("tmpfs"),
-        nix::mount::MsFlags::empty(),
-        Some("size=6m"),
-    )
-    .unwrap();
+    let small = SmallTmpfs::of(7);
     let options = NamespaceOptions {
         populate: true,
         ..NamespaceOptions::default()
     };
-    let made = FileHdm::create(dir.path().join("pool"), ByteSize::mib(16))
-        .and_then(|file| Pool::format(file, FormatOptions::default()))
-        .map(|pool| {
-            let refused = pool.create("large", ByteSize::mib(8), options);
-            let small = pool.create("small", MIB2, options).map(drop);
-            (refused.map(drop), small)
-        });
-    nix::mount::umount2(dir.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
-    let (refused, small) = made.unwrap();
-    assert!(matches!(refused, Err(Error::Removed { .. })), "{refused:?}");
-    // What the large one took it holds: it is there, and only not attached.
-    assert!(
-        matches!(small, Ok(()) | Err(Error::Removed { .. })),
-        "{small:?}"
-    );
+    let pool = small.make(16);
+    let (before, used) = (pool.info().unwrap(), small.used());
+    for _ in 0..50 {
+        let refused = pool.create("large", ByteSize::mib(8), options);
+        assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
+    }
+    assert!(pool.list().unwrap().is_empty());
+    assert_eq!(pool.info().unwrap(), before);
+    assert_eq!(small.used(), used);
+    // What there is room for is had at once.
+    let large = pool.create("large", MIB2, options).unwrap();
+    assert_eq!(small.used(), used + MIB2.get());
+    fill(&large, 3);
+    drop(large);
+    // What was there before stays, when it cannot be populated.
+    drop(pool.create("sparse", ByteSize::mib(8), PLAIN).unwrap());
+    let refused = pool.attach_populated("sparse");
+    assert!(matches!(refused, Err(Error::NoSpace { .. })), "{refused:?}");
+    assert_eq!(pool.list().unwrap().len(), 2);
+    assert!(pool.check().is_ok());
 }
 
 #[test]
@@ -512,6 +607,14 @@ fn too_few_huge_pages_are_an_error_that_says_how_many() {
         matches!(refused, Err(Error::NoHugePages { pages: 16, .. })),
         "{refused:?}"
     );
+    // It is not there either: its name and its place are free.
+    assert!(pool.list().unwrap().is_empty());
+    let refused = pool.create("large", ByteSize::mib(32), PLAIN);
+    assert!(
+        matches!(refused, Err(Error::NoHugePages { .. })),
+        "{refused:?}"
+    );
+    assert!(pool.list().unwrap().is_empty());
     // What is there is used, and zeroed by hand: its pages are not given back.
     let small = pool.create("small", MIB2, PLAIN).unwrap();
     fill(&small, 3);

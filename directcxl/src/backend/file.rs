@@ -12,9 +12,8 @@ use carlsbad_types::ByteSize;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
 use super::opened::{Opened, answers, regular, sayings};
-use super::{
-    Backend, Coherence, Geometry, Health, Identity, Persistence, boot_incarnation, punch_hole,
-};
+use super::room::{Taken, punch_hole, take, was_full};
+use super::{Backend, Coherence, Geometry, Health, Identity, Persistence, boot_incarnation};
 use crate::HostId;
 use crate::error::{Error, Result};
 use crate::layout::EXTENT;
@@ -28,10 +27,10 @@ pub struct FileHdm {
 
 impl FileHdm {
     /// Makes a file of `length` bytes, rounded up to 2 MiB, without anything in it. On hugetlbfs its
-    /// pages are reserved; elsewhere they are taken when they are touched.
+    /// pages are reserved when they are mapped; elsewhere they are taken when they are touched.
     ///
     /// # Errors
-    /// Where there is such a file, or no room, or too few huge pages.
+    /// Where there is such a file already, or none can be made there.
     pub fn create(path: impl Into<PathBuf>, length: ByteSize) -> Result<Self> {
         let path = path.into();
         let place = path.display().to_string();
@@ -148,6 +147,16 @@ impl Backend for FileHdm {
         punch_hole(self.as_fd(), self.place(), range)
     }
 
+    fn reserve(&self, range: Range<u64>) -> Result<bool> {
+        let offset = range.start;
+        match take(self.as_fd(), &range) {
+            Ok(Taken::All) => Ok(true),
+            Ok(Taken::Unknown) => Ok(false),
+            Ok(Taken::Full) => Err(self.full(range.end - offset, offset)),
+            Err(why) => Err(Error::io("take memory of", self.place())(why)),
+        }
+    }
+
     fn health(&self) -> Health {
         match self.opened.file.metadata() {
             Ok(now) if now.len() >= self.opened.geometry.length.get() && now.nlink() > 0 => {
@@ -169,17 +178,42 @@ impl Backend for FileHdm {
     }
 
     fn map_error(&self, length: u64, why: io::Error) -> Error {
+        let huge = self.opened.geometry.alignment.get() > page_size();
+        if huge && why.raw_os_error() == Some(libc::ENOMEM) {
+            return self.full(length, 0);
+        }
+        Error::io("map", self.place())(why)
+    }
+
+    fn bus_error(&self, offset: u64) -> Error {
+        let page = self.opened.geometry.alignment.get().max(1);
+        let start = offset / page * page;
+        let touched = start..start.saturating_add(page);
+        // A file that does not answer any more is gone.
+        if was_full(&self.opened.file, &touched, self.opened.geometry.writable).unwrap_or(false) {
+            return self.full(page, offset);
+        }
+        Error::Removed {
+            place: self.place(),
+            offset,
+        }
+    }
+}
+
+impl FileHdm {
+    /// Why there are no more pages.
+    fn full(&self, asked: u64, offset: u64) -> Error {
         let place = self.place();
         let page = self.opened.geometry.alignment.get();
-        if why.raw_os_error() == Some(libc::ENOMEM) && page > page_size() {
-            return Error::NoHugePages {
-                place,
-                asked: ByteSize::new(length),
-                pages: length.div_ceil(page),
-                pool: format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page >> 10),
-            };
+        if page <= page_size() {
+            return Error::NoSpace { place, offset };
         }
-        Error::io("map", place)(why)
+        Error::NoHugePages {
+            place,
+            asked: ByteSize::new(asked),
+            pages: asked.div_ceil(page),
+            pool: format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page >> 10),
+        }
     }
 }
 

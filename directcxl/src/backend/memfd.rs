@@ -11,9 +11,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::file::{page_size, path_of};
 use super::opened::{Opened, answers, regular, sayings};
-use super::{
-    Backend, Coherence, Geometry, Health, Identity, Persistence, boot_incarnation, punch_hole,
-};
+use super::room::{Taken, punch_hole, take, was_full};
+use super::{Backend, Coherence, Geometry, Health, Identity, Persistence, boot_incarnation};
 use crate::HostId;
 use crate::error::{Error, Result};
 use crate::layout::EXTENT;
@@ -95,6 +94,27 @@ impl Backend for MemfdHdm {
 
     fn discard(&self, range: Range<u64>) -> Result<bool> {
         punch_hole(self.as_fd(), self.place(), range)
+    }
+
+    fn reserve(&self, range: Range<u64>) -> Result<bool> {
+        let (place, offset) = (self.place(), range.start);
+        match take(self.as_fd(), &range) {
+            Ok(Taken::All) => Ok(true),
+            Ok(Taken::Unknown) => Ok(false),
+            Ok(Taken::Full) => Err(Error::NoSpace { place, offset }),
+            Err(why) => Err(Error::io("take memory of", place)(why)),
+        }
+    }
+
+    fn bus_error(&self, offset: u64) -> Error {
+        let page = self.opened.geometry.alignment.get().max(1);
+        let start = offset / page * page;
+        let touched = start..start.saturating_add(page);
+        let place = self.place();
+        if was_full(&self.opened.file, &touched, true).unwrap_or(false) {
+            return Error::NoSpace { place, offset };
+        }
+        Error::Removed { place, offset }
     }
 
     fn health(&self) -> Health {

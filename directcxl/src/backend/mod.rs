@@ -4,6 +4,7 @@ mod devdax;
 mod file;
 mod memfd;
 mod opened;
+mod room;
 
 pub use devdax::DevDax;
 pub(crate) use devdax::usable;
@@ -60,6 +61,16 @@ pub trait Backend: fmt::Debug + Send + Sync {
         Ok(false)
     }
 
+    /// Takes the memory of a range now, so that no later touch of it fails for want of room; says
+    /// whether it could. What is there stays.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] or [`Error::NoHugePages`] where there is not as much.
+    fn reserve(&self, range: Range<u64>) -> Result<bool> {
+        let _not_here = range;
+        Ok(false)
+    }
+
     /// Whether it is still there and whole.
     fn health(&self) -> Health;
 
@@ -77,6 +88,14 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// What a refused mapping of `length` bytes means.
     fn map_error(&self, _length: u64, why: io::Error) -> Error {
         Error::io("map", self.place())(why)
+    }
+
+    /// What a bus error at an offset means that was not poison: without it, that the memory is gone.
+    fn bus_error(&self, offset: u64) -> Error {
+        Error::Removed {
+            place: self.place(),
+            offset,
+        }
     }
 }
 
@@ -168,20 +187,4 @@ pub(crate) fn boot_incarnation() -> u64 {
     attribute(Path::new("/proc/sys/kernel/random/boot_id"))
         .and_then(|text| uuid::Uuid::parse_str(&text).ok())
         .map_or(0, |id| id.as_u64_pair().0)
-}
-
-/// Punches a hole into a file, where its file system can.
-pub(crate) fn punch_hole(fd: BorrowedFd<'_>, place: String, range: Range<u64>) -> Result<bool> {
-    use nix::errno::Errno;
-    use nix::fcntl::{FallocateFlags, fallocate};
-    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    let length = range.end.saturating_sub(range.start);
-    let (Ok(start), Ok(length)) = (range.start.try_into(), length.try_into()) else {
-        return Ok(false);
-    };
-    match fallocate(fd, flags, start, length) {
-        Ok(()) => Ok(true),
-        Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(false),
-        Err(why) => Err(Error::io("free a piece of", place)(why)),
-    }
 }

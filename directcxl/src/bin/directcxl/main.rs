@@ -5,12 +5,14 @@ mod namespaces;
 mod options;
 mod output;
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use clap::Parser;
 use directcxl::Error;
 
 use options::{Command, Options};
+use output::Unprinted;
 
 /// clap's exit code.
 const BAD_USAGE: u8 = 2;
@@ -22,26 +24,42 @@ fn main() -> ExitCode {
             output::json_error(error.to_string().trim_end(), kind(BAD_USAGE));
             return ExitCode::from(BAD_USAGE);
         }
-        Err(error) => error.exit(),
-    };
-    match run(&options) {
-        Ok(code) => code,
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            let code = exit_code(&error);
-            let text = match error.downcast_ref::<Error>() {
-                // Its message has its source in it already.
-                Some(ours) => ours.to_string(),
-                None => format!("{error:#}"),
-            };
-            if options.global.json {
-                output::json_error(&text, kind(code));
-            } else {
-                output::error(&text);
-            }
-            ExitCode::from(code)
+        Err(error) if error.use_stderr() => error.exit(),
+        // Help, and the version.
+        Err(text) => {
+            let printed = text.print().map_err(Unprinted);
+            return printed
+                .map_or_else(|why| report(&why.into(), false, ""), |()| ExitCode::SUCCESS);
         }
+    };
+    // Nothing is printed before it is done.
+    let done = if options.command.changes_something() {
+        "; what was asked for is done"
+    } else {
+        ""
+    };
+    run(&options).unwrap_or_else(|error| report(&error, options.global.json, done))
+}
+
+/// Says what went wrong; `done` where it was only the printing.
+fn report(error: &anyhow::Error, json: bool, done: &str) -> ExitCode {
+    let code = exit_code(error);
+    // Ours have their source in their message already.
+    let text = match (error.downcast_ref(), error.downcast_ref()) {
+        // Somebody who reads along has seen enough: `directcxl list P | head -1`.
+        (Some(Unprinted(why)), _) if why.kind() == ErrorKind::BrokenPipe => {
+            return ExitCode::SUCCESS;
+        }
+        (Some(unprinted), _) => format!("{unprinted}{done}"),
+        (None, Some(ours)) => Error::to_string(ours),
+        (None, None) => format!("{error:#}"),
+    };
+    if json {
+        output::json_error(&text, kind(code));
+    } else {
+        output::error(&text);
     }
+    ExitCode::from(code)
 }
 
 fn run(options: &Options) -> anyhow::Result<ExitCode> {
@@ -60,13 +78,6 @@ fn run(options: &Options) -> anyhow::Result<ExitCode> {
         Command::Evict { place, dead } => namespaces::evict(global, place, *dead)?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Somebody who reads along has seen enough: `directcxl list P | head -1`.
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<std::io::Error>()
-        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// The name of an exit code.
@@ -89,13 +100,20 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         Some(
             Error::Fenced { .. }
             | Error::EpochTaken { .. }
+            | Error::BadEpoch { .. }
             | Error::NotWriter { .. }
             | Error::ReadOnly { .. }
             | Error::Live { .. }
             | Error::Foreign { .. }
+            | Error::InUse { .. }
             | Error::OwnHost { .. },
         ) => 4,
-        Some(Error::NoRoom { .. } | Error::LogFull { .. } | Error::NoHugePages { .. }) => 5,
+        Some(
+            Error::NoRoom { .. }
+            | Error::NoSpace { .. }
+            | Error::LogFull { .. }
+            | Error::NoHugePages { .. },
+        ) => 5,
         Some(Error::Removed { .. } | Error::Busy { .. } | Error::Topology { .. }) => 6,
         Some(
             Error::Corrupt { .. }
@@ -103,10 +121,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             | Error::Shrunk { .. }
             | Error::Version { .. },
         ) => 7,
-        Some(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => 3,
-        Some(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::PermissionDenied => {
-            4
-        }
+        Some(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => 3,
+        Some(Error::Io { source, .. }) if source.kind() == ErrorKind::StorageFull => 5,
+        Some(Error::Io { source, .. }) if source.kind() == ErrorKind::PermissionDenied => 4,
         _ => 1,
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use carlsbad_types::ByteSize;
 use directcxl::backend::{Backend, Coherence};
 use directcxl::{
-    DevDax, Epoch, FileHdm, FormatOptions, HostId, NamespaceOptions, Pool, Problem, Role,
+    DevDax, Epoch, Error, FileHdm, FormatOptions, HostId, NamespaceOptions, Pool, Problem, Role,
 };
 use serde_json::json;
 
@@ -24,12 +24,11 @@ fn coherence(global: &Global) -> Coherence {
 }
 
 fn is_device(place: &Path) -> bool {
-    place
-        .metadata()
-        .is_ok_and(|found| found.file_type().is_char_device())
-        || place.starts_with("/dev")
-            && !place.starts_with("/dev/shm")
-            && !place.starts_with("/dev/hugepages")
+    match place.metadata() {
+        Ok(found) => found.file_type().is_char_device(),
+        // What is not there is said not to be by whoever would have it.
+        Err(_) => place.starts_with("/dev/") && !place.starts_with("/dev/shm"),
+    }
 }
 
 fn backend(global: &Global, place: &Path, write: bool) -> anyhow::Result<Arc<dyn Backend>> {
@@ -71,6 +70,27 @@ pub(crate) fn format(global: &Global, format: &Format) -> anyhow::Result<()> {
                 file.on_host(HostId(global.host))
                     .coherence(coherence(global)),
             )
+        }
+        Some(size) if !is_device(&format.place) => {
+            // Whoever asks for a size has not seen that there is something.
+            let length = format.place.metadata().map_or(0, |found| found.len());
+            if size.round_up(ByteSize::mib(2)) != Some(ByteSize::new(length)) {
+                return Err(Error::BadGeometry {
+                    place: format.place.display().to_string(),
+                    why: format!("it is there already, of {}", ByteSize::new(length)),
+                    fix: "leave out --size, or take it away first".to_owned(),
+                }
+                .into());
+            }
+            None
+        }
+        None if !format.place.exists() && !is_device(&format.place) => {
+            return Err(Error::BadGeometry {
+                place: format.place.display().to_string(),
+                why: "there is no such file".to_owned(),
+                fix: "say how large it is to be: --size 1G".to_owned(),
+            }
+            .into());
         }
         _ => None,
     };

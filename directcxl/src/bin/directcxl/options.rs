@@ -87,6 +87,16 @@ pub(crate) enum Command {
     },
 }
 
+impl Command {
+    /// Whether it is more than looking.
+    pub(crate) fn changes_something(&self) -> bool {
+        !matches!(
+            self,
+            Self::Scan | Self::Plan(_) | Self::List { .. } | Self::Check { repair: false, .. }
+        )
+    }
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Mode {
     /// Volatile.

@@ -1,12 +1,26 @@
 //! What is printed: results to standard output, everything else to standard error.
 
+use std::fmt;
 use std::io::{self, Write};
 
 use serde_json::Value;
 
+/// Standard output takes nothing: its disk is full, or nobody reads it any more.
+#[derive(Debug)]
+pub(crate) struct Unprinted(pub(crate) io::Error);
+
+impl fmt::Display for Unprinted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot write to standard output: {}", self.0)
+    }
+}
+
+// Its message has its source in it already.
+impl std::error::Error for Unprinted {}
+
 /// Prints `text` and a line end.
 pub(crate) fn line(text: impl AsRef<str>) -> anyhow::Result<()> {
-    Ok(writeln!(io::stdout().lock(), "{}", text.as_ref())?)
+    Ok(writeln!(io::stdout().lock(), "{}", text.as_ref()).map_err(Unprinted)?)
 }
 
 /// Prints `value` as JSON.
