@@ -159,6 +159,14 @@ struct Control {
     scratch: Arc<MemoryRegion>,
 }
 
+/// A look-up of a peer's region for an executor, which does not wait for it.
+#[cfg(feature = "daemon")]
+#[derive(Debug, Clone, Copy)]
+enum LookUp {
+    Asked,
+    Ended(Result<(RegionEntry, Duration), Malformed>),
+}
+
 /// What a virtual queue needs of its node.
 pub(crate) struct Core {
     pub(crate) id: NodeId,
@@ -179,6 +187,8 @@ pub(crate) struct Core {
     depth: usize,
     peers: Arc<Peers>,
     entries: RwLock<HashMap<(DcAddress, RKey), (Duration, RegionEntry)>>,
+    #[cfg(feature = "daemon")]
+    lookups: Mutex<HashMap<(DcAddress, RKey), LookUp>>,
     regions: Mutex<Regions>,
     control: Mutex<Control>,
     scratch: Arc<MemoryRegion>,
@@ -197,6 +207,8 @@ impl fmt::Debug for Core {
 
 enum Task {
     Promote(NodeId, DcAddress),
+    #[cfg(feature = "daemon")]
+    LookUp(DcAddress, RKey),
     Stop,
 }
 
@@ -289,6 +301,8 @@ impl Node {
             depth: config.depth,
             peers,
             entries: RwLock::default(),
+            #[cfg(feature = "daemon")]
+            lookups: Mutex::default(),
             regions: Mutex::new(regions),
             control: Mutex::new(Control {
                 pair: fabric.queue_pair(control_pair())?,
@@ -495,6 +509,8 @@ fn serve(core: &Core, todo: &mpsc::Receiver<Task>) {
                     tracing::warn!(%peer, %why, "no dedicated pair: it stays on a shared one");
                 }
             }
+            #[cfg(feature = "daemon")]
+            Ok(Task::LookUp(peer, key)) => core.look_up_entry(peer, key),
             Ok(Task::Stop) | Err(RecvTimeoutError::Disconnected) => return,
             Err(RecvTimeoutError::Timeout) => {}
         }
@@ -629,6 +645,65 @@ impl Core {
         }
     }
 
+    fn known_entry(
+        &self,
+        peer: DcAddress,
+        key: RKey,
+        now: Duration,
+    ) -> Option<(RegionEntry, Duration)> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        // All of the address: a node that comes back may have its number again, and other regions.
+        let (until, entry) = *entries.get(&(peer, key))?;
+        (now < until).then_some((entry, until))
+    }
+
+    /// The same as [`remote_entry`](Self::remote_entry) for who may not wait: `None` until the node's
+    /// thread has looked. An entry whose lease has ended by less than `late` is given once, so that
+    /// whoever asked comes on however short the lease is.
+    #[cfg(feature = "daemon")]
+    pub(crate) fn entry_soon(
+        &self,
+        peer: DcAddress,
+        key: RKey,
+        now: Duration,
+        late: Duration,
+    ) -> Option<Result<(RegionEntry, Duration), Malformed>> {
+        /// Of which those that nobody waits for any more are forgotten.
+        const MOST: usize = 4096;
+        if let Some(known) = self.known_entry(peer, key, now) {
+            return Some(Ok(known));
+        }
+        let mut lookups = self.lookups.lock().unwrap_or_else(PoisonError::into_inner);
+        match lookups.get(&(peer, key)).copied() {
+            Some(LookUp::Asked) => return None,
+            Some(LookUp::Ended(Err(why))) => {
+                lookups.remove(&(peer, key));
+                return Some(Err(why));
+            }
+            Some(LookUp::Ended(Ok((entry, until)))) if now < until + late => {
+                lookups.remove(&(peer, key));
+                return Some(Ok((entry, until)));
+            }
+            Some(LookUp::Ended(Ok(_))) | None => {}
+        }
+        if lookups.len() >= MOST {
+            lookups.retain(|_, one| matches!(one, LookUp::Asked));
+        }
+        lookups.insert((peer, key), LookUp::Asked);
+        drop(lookups);
+        self.give(Task::LookUp(peer, key));
+        None
+    }
+
+    #[cfg(feature = "daemon")]
+    fn look_up_entry(&self, peer: DcAddress, key: RKey) {
+        let found = self.remote_entry(peer, key, clock::coarse());
+        let mut lookups = self.lookups.lock().unwrap_or_else(PoisonError::into_inner);
+        lookups.insert((peer, key), LookUp::Ended(found));
+        drop(lookups);
+        self.bells.ring();
+    }
+
     /// What a peer publishes of a region, and until when that may be believed.
     pub(crate) fn remote_entry(
         &self,
@@ -636,18 +711,8 @@ impl Core {
         key: RKey,
         now: Duration,
     ) -> Result<(RegionEntry, Duration), Malformed> {
-        // All of the address: a node that comes back may have its number again, and other regions.
-        let which = (peer, key);
-        let known = self
-            .entries
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&which)
-            .copied();
-        if let Some((until, entry)) = known
-            && now < until
-        {
-            return Ok((entry, until));
+        if let Some(known) = self.known_entry(peer, key, now) {
+            return Ok(known);
         }
         let mut bytes = [0; mr::ENTRY as usize];
         let at = RemoteSlice {
@@ -671,7 +736,7 @@ impl Core {
         if entries.len() == entries.capacity() {
             entries.retain(|_, (until, _)| now < *until);
         }
-        entries.insert(which, (until, entry));
+        entries.insert((peer, key), (until, entry));
         Ok((entry, until))
     }
 

@@ -779,6 +779,8 @@ struct Lane {
     peer: Option<NodeId>,
     /// What was taken and has not completed.
     outstanding: Vec<u32>,
+    /// What was taken and waits for a look-up, as does all behind it.
+    parked: Option<Submission>,
     /// The client's region used last, and what its `changes` were then.
     region: Option<(u64, Arc<MemoryRegion>)>,
     /// Rounds without work.
@@ -902,7 +904,7 @@ impl Execution {
                         .channels
                         .iter()
                         .flat_map(|channel| channel.lanes.iter().flatten())
-                        .map(|lane| lane.outstanding.len())
+                        .map(|lane| lane.outstanding.len() + usize::from(lane.parked.is_some()))
                         .sum();
                     self.counters.outstanding.fetch_sub(lost, Ordering::SeqCst);
                 }
@@ -962,7 +964,7 @@ impl Execution {
     fn waits(&self) -> bool {
         self.channels()
             .flat_map(|lanes| lanes.lanes.iter().flatten())
-            .any(|lane| !lane.outstanding.is_empty())
+            .any(|lane| !lane.is_idle())
     }
 
     fn fall_asleep(&self, asleep: u32) {
@@ -995,7 +997,7 @@ impl Lanes {
             };
             if turn.taken == 0 && turn.completed == 0 {
                 lane.idle += 1;
-                if lane.idle > LINGER && lane.outstanding.is_empty() {
+                if lane.idle > LINGER && lane.is_idle() {
                     self.active &= !(1 << index);
                 }
                 continue;
@@ -1041,27 +1043,37 @@ impl Lane {
         let mut turn = Turn::default();
         let mut words = [0; SUBMISSION];
         while turn.taken < BATCH {
-            // Whatever is taken will complete: there has to be room for that.
-            let room = self.producer.room(&shared.completions)? as usize;
-            let needed = self.outstanding.len() + 1;
-            if room < needed && (self.producer.look(&shared.completions)? as usize) < needed {
-                break;
-            }
-            if !self.consumer.read(&shared.submissions, &mut words)? {
-                break;
-            }
-            turn.taken += 1;
-            let (cookie, submission) = Submission::decode(words);
-            let posted = match submission {
-                Some(submission) => {
-                    self.switch(core, &submission, shared, &mut turn)?;
-                    self.post(client, &submission)
+            let (cookie, submission) = match self.parked.take() {
+                Some(parked) => (parked.cookie, Some(parked)),
+                None => {
+                    // Whatever is taken will complete: there has to be room for that.
+                    let room = self.producer.room(&shared.completions)? as usize;
+                    let needed = self.outstanding.len() + 1;
+                    if room < needed && (self.producer.look(&shared.completions)? as usize) < needed
+                    {
+                        break;
+                    }
+                    if !self.consumer.read(&shared.submissions, &mut words)? {
+                        break;
+                    }
+                    turn.taken += 1;
+                    Submission::decode(words)
                 }
-                None => Err(Malformed::UnknownOperation),
+            };
+            let posted = match &submission {
+                Some(submission) => {
+                    self.switch(core, submission, shared, &mut turn)?;
+                    self.post(client, submission)
+                }
+                None => Some(Err(Malformed::UnknownOperation)),
             };
             match posted {
-                Ok(()) => self.outstanding.push(cookie.encode()),
-                Err(why) => {
+                None => {
+                    self.parked = submission;
+                    break;
+                }
+                Some(Ok(())) => self.outstanding.push(cookie.encode()),
+                Some(Err(why)) => {
                     turn.refused += 1;
                     self.complete(cookie.encode(), Status::Refused(why), shared, &mut turn)?;
                 }
@@ -1140,17 +1152,24 @@ impl Lane {
         Ok(())
     }
 
-    fn post(&mut self, client: &Client, submission: &Submission) -> Result<(), Malformed> {
-        let queue = self.queue.as_mut().ok_or(Malformed::PeerGone)?;
+    fn is_idle(&self) -> bool {
+        self.outstanding.is_empty() && self.parked.is_none()
+    }
+
+    /// `None` where it has to wait for a look-up.
+    fn post(&mut self, client: &Client, submission: &Submission) -> Option<Result<(), Malformed>> {
+        let Some(queue) = &mut self.queue else {
+            return Some(Err(Malformed::PeerGone));
+        };
         let changes = client.changes.load(Ordering::Acquire);
         let region = match &self.region {
             Some((when, region)) if *when == changes && region.key() == submission.local => {
                 Arc::clone(region)
             }
             _ => {
-                let found = client
-                    .region(submission.local)
-                    .ok_or(Malformed::ForeignRegion)?;
+                let Some(found) = client.region(submission.local) else {
+                    return Some(Err(Malformed::ForeignRegion));
+                };
                 self.region = Some((changes, Arc::clone(&found)));
                 found
             }
@@ -1161,11 +1180,14 @@ impl Lane {
             region.slice(submission.offset, submission.len),
             submission.remote,
         );
-        match queue.post(std::slice::from_ref(&work)) {
+        if let Err(why) = queue.look_ahead(&work)? {
+            return Some(Err(why));
+        }
+        Some(match queue.post(std::slice::from_ref(&work)) {
             Ok(1..) => Ok(()),
             Ok(0) => Err(Malformed::ReceiverNotReady),
             Err(refused) => Err(refused.why),
-        }
+        })
     }
 }
 

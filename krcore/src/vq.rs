@@ -363,6 +363,31 @@ impl PooledQueue {
         })
     }
 
+    /// Whether a request can be posted without waiting for a look-up, which is begun where not.
+    #[cfg(feature = "daemon")]
+    pub(crate) fn look_ahead(&mut self, request: &WorkRequest) -> Option<Result<(), Malformed>> {
+        /// Less than half of what a deregistration waits longer than the lease.
+        const LATE: Duration = Duration::from_millis(5);
+        let key = request.remote.key;
+        let needs_none = matches!(request.op, Op::Fence | Op::Send(_))
+            || key.0 < RESERVED_KEYS
+            || self.queue.is_synchronous
+            || check::local(request).is_err();
+        let now = clock::coarse();
+        if needs_none
+            || matches!(self.entry, Some((known, _, until)) if known == key && now < until)
+        {
+            return Some(Ok(()));
+        }
+        let found = self.core.entry_soon(self.address, key, now, LATE)?;
+        if found == Err(Malformed::PeerGone) {
+            self.core.forget(self.peer);
+        }
+        Some(found.map(|(entry, until)| {
+            self.entry = Some((key, entry, until.max(now + LATE)));
+        }))
+    }
+
     fn check(&mut self, request: &WorkRequest) -> Result<(), Malformed> {
         check::local(request)?;
         match request.op {

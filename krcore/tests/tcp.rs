@@ -174,8 +174,10 @@ fn ends(queue: &mut VirtualQueue, count: u64, limit: Duration) -> (u64, Duration
                 assert_eq!(succeeded, id, "nothing succeeds behind a failure");
                 succeeded += 1;
             }
-            Status::RetryExceeded | Status::Flushed => {}
-            other => panic!("{other:?}"),
+            other => assert!(
+                matches!(other, Status::RetryExceeded | Status::Flushed),
+                "{other:?}"
+            ),
         }
     }
     assert_eq!(queue.poll(&mut [Completion::default()]), 0, "nothing twice");

@@ -63,6 +63,7 @@ impl Net {
     }
 
     /// The fabric that `node` joins.
+    #[cfg_attr(not(feature = "tcp"), allow(unused_variables))]
     pub(crate) fn fabric(&self, node: NodeId) -> Arc<dyn Fabric> {
         match self.kind {
             Kind::Shm | Kind::Lagging(_) => Arc::new(self.shm.clone()),
