@@ -427,6 +427,7 @@ impl Session {
             ready: VecDeque::new(),
             mapped: None,
             since: 0,
+            is_elsewhere: false,
         })
     }
 
@@ -452,11 +453,12 @@ impl Session {
         }
     }
 
-    fn map(&self, peer: NodeId, key: RKey) -> Result<Mapped, Malformed> {
+    /// `None` where the peer is on another machine.
+    fn map(&self, peer: NodeId, key: RKey) -> Result<Option<Mapped>, Malformed> {
         let which = (peer, key);
         let mapped = self.mapped.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = mapped.get(&which).filter(|known| known.is_valid()) {
-            return Ok(known.clone());
+            return Ok(Some(known.clone()));
         }
         drop(mapped);
         let fresh = self.map_anew(peer, key).map_err(|why| match why {
@@ -464,25 +466,39 @@ impl Session {
             Error::UnknownNode(_) => Malformed::PeerGone,
             _ => Malformed::StaleKey,
         })?;
+        let Some(fresh) = fresh else {
+            return Ok(None);
+        };
         let mut mapped = self.mapped.write().unwrap_or_else(PoisonError::into_inner);
         mapped.retain(|_, known| known.is_valid());
         mapped.insert(which, fresh.clone());
-        Ok(fresh)
+        Ok(Some(fresh))
     }
 
-    fn map_anew(&self, peer: NodeId, key: RKey) -> Result<Mapped> {
+    fn map_anew(&self, peer: NodeId, key: RKey) -> Result<Option<Mapped>> {
         let (reply, mut descriptors) = self.ask(&Request::Map { peer, key }, &[])?;
-        let Reply::Mapped(access) = reply else {
-            return Err(UNEXPECTED);
+        let access = match reply {
+            Reply::Mapped(access) => access,
+            Reply::Elsewhere => return Ok(None),
+            _ => return Err(UNEXPECTED),
         };
         let table = descriptors.pop().ok_or(UNEXPECTED)?;
         let region = Sealed::adopt(one(descriptors)?, access == Access::ReadWrite)?;
         let table = Sealed::adopt(table, false)?;
-        Ok(Mapped {
+        Ok(Some(Mapped {
             region: MemoryRegion::over(region, access, key, 0),
             table: Arc::new(table),
-        })
+        }))
     }
+}
+
+/// What a trusted process executes a request on.
+enum Reached {
+    /// A fence needs none.
+    Nothing,
+    Here(Mapped),
+    /// It is not on this machine.
+    Elsewhere,
 }
 
 /// A virtual queue of an attached process.
@@ -497,6 +513,8 @@ pub(crate) struct LaneQueue {
     mapped: Option<Mapped>,
     /// Trusted: operations since it was seen that the daemon is there.
     since: u32,
+    /// Trusted: the peer is on another machine, so that the daemon executes.
+    is_elsewhere: bool,
 }
 
 impl LaneQueue {
@@ -526,8 +544,11 @@ impl LaneQueue {
                 !matches!(request.op, Op::Send(_)) && request.remote.key.0 >= mr::RESERVED_KEYS
                     || request.op == Op::Fence
             });
-        if own && self.is_idle() {
-            return self.execute(work).map_err(refused);
+        if own && !self.is_elsewhere && self.is_idle() {
+            if let Some(taken) = self.execute(work).map_err(refused)? {
+                return Ok(taken);
+            }
+            self.is_elsewhere = true;
         }
         self.submit(work).map_err(|why| refused((0, why)))
     }
@@ -540,8 +561,8 @@ impl LaneQueue {
             .is_some_and(|lane| lane.free.len() == lane.pending.len())
     }
 
-    /// Trusted mode: checks all, and executes it here.
-    fn execute(&mut self, work: &[WorkRequest]) -> Result<usize, (usize, Malformed)> {
+    /// Trusted mode: checks all, and executes it here; `None` where the peer is on another machine.
+    fn execute(&mut self, work: &[WorkRequest]) -> Result<Option<usize>, (usize, Malformed)> {
         self.since += 1;
         if self.since >= LOOK_EVERY {
             self.since = 0;
@@ -552,37 +573,40 @@ impl LaneQueue {
         let room = COMPLETIONS.saturating_sub(self.ready.len());
         let work = work.get(..room).unwrap_or(work);
         if let [request] = work {
-            let mapped = self.reach(request).map_err(|why| (0, why))?;
-            let status = match &mapped {
-                Some(mapped) => fabric::execute(
-                    &mapped.region,
-                    request.op,
-                    &request.local,
-                    request.remote.offset,
-                ),
-                None => Status::Success,
+            let mapped = match self.reach(request).map_err(|why| (0, why))? {
+                Reached::Nothing => None,
+                Reached::Here(mapped) => Some(mapped),
+                Reached::Elsewhere => return Ok(None),
             };
+            self.run(request, mapped.as_ref());
             self.mapped = mapped.or_else(|| self.mapped.take());
-            self.done(request, status);
-            return Ok(1);
+            return Ok(Some(1));
         }
         let mut reached = Vec::with_capacity(work.len());
         for (index, request) in work.iter().enumerate() {
-            reached.push(self.reach(request).map_err(|why| (index, why))?);
+            reached.push(match self.reach(request).map_err(|why| (index, why))? {
+                Reached::Nothing => None,
+                Reached::Here(mapped) => Some(mapped),
+                Reached::Elsewhere => return Ok(None),
+            });
         }
         for (request, mapped) in work.iter().zip(&reached) {
-            let status = mapped.as_ref().map_or(Status::Success, |mapped| {
-                fabric::execute(
-                    &mapped.region,
-                    request.op,
-                    &request.local,
-                    request.remote.offset,
-                )
-            });
-            self.done(request, status);
+            self.run(request, mapped.as_ref());
         }
         self.mapped = reached.pop().flatten();
-        Ok(work.len())
+        Ok(Some(work.len()))
+    }
+
+    fn run(&mut self, request: &WorkRequest, mapped: Option<&Mapped>) {
+        let status = mapped.map_or(Status::Success, |mapped| {
+            fabric::execute(
+                &mapped.region,
+                request.op,
+                &request.local,
+                request.remote.offset,
+            )
+        });
+        self.done(request, status);
     }
 
     fn done(&mut self, request: &WorkRequest, status: Status) {
@@ -594,9 +618,9 @@ impl LaneQueue {
         }
     }
 
-    fn reach(&mut self, request: &WorkRequest) -> Result<Option<Mapped>, Malformed> {
+    fn reach(&mut self, request: &WorkRequest) -> Result<Reached, Malformed> {
         if request.op == Op::Fence {
-            return Ok(None);
+            return Ok(Reached::Nothing);
         }
         let key = request.remote.key;
         let kept = self
@@ -605,14 +629,17 @@ impl LaneQueue {
             .filter(|mapped| mapped.region.key() == key && mapped.is_valid());
         let mapped = match kept {
             Some(mapped) => mapped,
-            None => self.session.map(self.peer, key)?,
+            None => match self.session.map(self.peer, key)? {
+                Some(mapped) => mapped,
+                None => return Ok(Reached::Elsewhere),
+            },
         };
         let entry = RegionEntry {
             len: mapped.region.len() as u64,
             access: mapped.region.access(),
         };
         check::remote(request, entry)?;
-        Ok(Some(mapped))
+        Ok(Reached::Here(mapped))
     }
 
     /// Isolated mode: gives it to the daemon.

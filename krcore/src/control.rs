@@ -15,7 +15,7 @@ use crate::node::{NodeId, Service, Stats};
 use crate::region::{Access, RKey};
 
 /// Of the packets and of the shared memory.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// The longest packet.
 const PACKET: usize = 4096;
 /// The most descriptors of one packet.
@@ -39,11 +39,16 @@ pub(crate) enum Request {
 /// What a daemon answers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Reply {
-    Welcome { node: NodeId, address: DcAddress },
+    Welcome {
+        node: NodeId,
+        address: DcAddress,
+    },
     Channel,
     Address(DcAddress),
     Registered(RKey),
     Mapped(Access),
+    /// Not on this machine: it cannot be mapped.
+    Elsewhere,
     Done,
     Stats(Box<Stats>),
     Failed(Failure),

@@ -13,7 +13,7 @@ use crate::fabric::{
     Status,
 };
 use crate::node::NodeId;
-use crate::notify::Signal;
+use crate::notify::{Bells, Signal};
 use crate::vq::{Completion, WorkRequest};
 
 /// The most completions that wait in a virtual queue to be polled.
@@ -134,6 +134,7 @@ pub(crate) struct Queue {
     options: PairOptions,
     peer: Option<NodeId>,
     pub(crate) signal: Arc<Signal>,
+    bells: Arc<Bells>,
     /// Whether its pairs have done all when posting returns.
     pub(crate) is_synchronous: bool,
     rebuilt: AtomicU64,
@@ -147,13 +148,17 @@ impl Queue {
         fabric: &Arc<dyn Fabric>,
         depth: usize,
         peer: Option<(NodeId, DcAddress)>,
+        bells: &Arc<Bells>,
     ) -> Result<Self> {
         let signal = Arc::new(Signal::default());
-        let woken = Arc::clone(&signal);
+        let woken = (Arc::clone(&signal), Arc::clone(bells));
         let options = PairOptions {
             depth,
             peer: peer.map(|(_, address)| address),
-            wake: crate::fabric::Wake::new(move || woken.wake()),
+            wake: crate::fabric::Wake::new(move || {
+                woken.0.wake();
+                woken.1.ring();
+            }),
         };
         let pair = fabric.queue_pair(options.clone())?;
         let is_synchronous = pair.is_synchronous();
@@ -174,6 +179,7 @@ impl Queue {
             options,
             peer: peer.map(|(node, _)| node),
             signal,
+            bells: Arc::clone(bells),
             is_synchronous,
             rebuilt: AtomicU64::new(0),
             sharers: AtomicUsize::new(0),
@@ -265,7 +271,7 @@ impl Queue {
             shared.post_chunk(ticket, to, work.by_ref().take(chunk));
             self.mend(&mut shared);
         }
-        if self.signal.is_watched() {
+        if self.signal.is_watched() || !self.is_synchronous {
             // Its own event as well: what it posted may have completed already.
             self.tell(&mut shared, NOBODY);
         } else {
@@ -289,6 +295,9 @@ impl Queue {
         if self.signal.is_watched() {
             let given = shared.given.iter().copied().filter(|slot| *slot != me);
             self.signal.wake_some(given);
+        }
+        if !self.is_synchronous && shared.given.iter().any(|slot| *slot != me) {
+            self.bells.ring();
         }
         shared.given.clear();
     }
@@ -341,6 +350,9 @@ impl Queue {
         while shared.pair.state() == State::Err {
             let begun = Instant::now();
             let mut again = VecDeque::new();
+            // The failure that broke it completes what stands before it; after that every request
+            // completes by itself.
+            let mut broke = shared.cause.is_some_and(|(_, _, why)| breaks(why));
             while !shared.outstanding.is_empty() {
                 let Some(completion) = shared.pair.poll() else {
                     if begun.elapsed() > FLUSH_LIMIT {
@@ -351,7 +363,12 @@ impl Queue {
                 };
                 if completion.status == Status::Flushed {
                     again.extend(shared.outstanding.pop_front());
+                } else if broke {
+                    if let Some(lost) = shared.outstanding.pop_front() {
+                        shared.finish(lost.whose, completion.status);
+                    }
                 } else {
+                    broke = breaks(completion.status);
                     shared.settle(completion);
                 }
             }
@@ -359,6 +376,7 @@ impl Queue {
             while let Some(lost) = shared.outstanding.pop_front() {
                 shared.finish(lost.whose, Status::RetryExceeded);
             }
+            let cause = shared.cause.take();
             let Ok(pair) = self.fabric.queue_pair(self.options.clone()) else {
                 // The next request tries again; none of these waits for it.
                 for lost in again {
@@ -370,7 +388,6 @@ impl Queue {
             shared.pair = pair;
             shared.used = 0;
             self.rebuilt.fetch_add(1, Ordering::Relaxed);
-            let cause = shared.cause.take();
             for item in again {
                 let follows = cause.is_none_or(|(ticket, to, status)| {
                     item.whose.ticket == ticket
@@ -384,6 +401,14 @@ impl Queue {
             }
         }
     }
+}
+
+/// Whether a request that ends so puts its pair in ERR.
+fn breaks(status: Status) -> bool {
+    !matches!(
+        status,
+        Status::Success | Status::ReceiverNotReady | Status::Flushed
+    )
 }
 
 impl Shared {

@@ -90,6 +90,14 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The file with the key of a TCP fabric cannot be used.
+    #[error("the key in {} cannot be used: {why}", path.display())]
+    BadKey {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// The daemon is gone. What was outstanding may have been done, or not.
     #[error("the node daemon is gone: attach again when it has been restarted")]
     Disconnected,

@@ -92,11 +92,13 @@ pub use attach::Mode;
 pub use carlsbad_types::ByteSize;
 pub use check::{MAX_INLINE, MAX_TRANSFER};
 pub use error::{Error, Malformed, PostError, Result};
+#[cfg(feature = "tcp")]
+pub use fabric::tcp::{PresharedKey, TcpFabric, TcpOptions};
 pub use fabric::{DcAddress, Op, ShmFabric, Status};
 #[cfg(feature = "verbs")]
 pub use fabric::{VerbsConfig, VerbsFabric};
 pub use message::{Listener, Message};
-pub use meta::MetaServer;
+pub use meta::{MetaServer, MetaTable};
 pub use node::{Config, Node, NodeId, Service, Stats};
 pub use region::{Access, MemoryRegion, RKey, RegionSlice, RemoteSlice};
 #[cfg(feature = "daemon")]
@@ -104,3 +106,10 @@ pub use server::{Daemon, DaemonOptions};
 pub use vq::{Completion, VirtualQueue, WorkRequest};
 #[doc(hidden)]
 pub use wire::fuzz_entry;
+
+/// Decodes the frames of a record of the TCP fabric: for the fuzz target.
+#[cfg(feature = "tcp")]
+#[doc(hidden)]
+pub fn fuzz_frames(bytes: &[u8]) {
+    fabric::tcp::fuzz_frames(bytes);
+}

@@ -6,9 +6,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use carlsbad_types::ByteSize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::fabric::{DcAddress, Fabric, Port, Received, Sink};
+use crate::message::Header;
 use crate::node::{NodeId, Service};
 use crate::region::{Access, MemoryRegion, RKey};
 
@@ -26,24 +28,35 @@ pub(crate) const OVERFLOW: usize = HEADER + MORE * ENTRY;
 const SHARE: u64 = 4;
 const KEY: RKey = RKey(1);
 
-/// Where a table is and how it is laid out: all that a client needs of it.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Table {
-    pub(crate) address: DcAddress,
-    pub(crate) key: RKey,
-    buckets: u64,
+/// Messages for this service of a metadata server's node say where their sender is, as any message's
+/// header does; their one byte is 1 where it has joined, and 0 where it leaves.
+pub(crate) const REGISTER: Service = Service(0);
+
+/// Where a metadata server's table is and how it is laid out: all that a node of another process needs
+/// to read it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetaTable {
+    /// The server's node.
+    pub node: NodeId,
+    /// Where that is found. Another one after the server has been started again.
+    pub address: DcAddress,
+    /// The key of the table's region.
+    pub key: RKey,
+    /// Buckets of the table.
+    pub buckets: u64,
 }
 
-impl Table {
+impl MetaTable {
     fn hash(&self, node: NodeId) -> u64 {
         let mut x = node.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (x ^ (x >> 31)) % self.buckets
+        // What another process describes may be nonsense.
+        (x ^ (x >> 31)) % self.buckets.max(1)
     }
 
     pub(crate) fn bucket(&self, node: NodeId) -> u64 {
-        self.hash(node) * BUCKET as u64
+        self.hash(node).wrapping_mul(BUCKET as u64)
     }
 
     fn overflow_buckets(&self) -> u64 {
@@ -53,11 +66,15 @@ impl Table {
     /// `None` for an index that no overflow bucket of this table has.
     pub(crate) fn overflow(&self, index: u32) -> Option<u64> {
         (u64::from(index) < self.overflow_buckets())
-            .then(|| self.buckets * BUCKET as u64 + u64::from(index) * OVERFLOW as u64)
+            .then(|| self.overflow_begin() + u64::from(index) * OVERFLOW as u64)
+    }
+
+    fn overflow_begin(&self) -> u64 {
+        self.buckets.wrapping_mul(BUCKET as u64)
     }
 
     fn bytes(&self) -> u64 {
-        self.buckets * BUCKET as u64 + self.overflow_buckets() * OVERFLOW as u64
+        self.overflow_begin() + self.overflow_buckets() * OVERFLOW as u64
     }
 }
 
@@ -138,17 +155,6 @@ fn encode(entries: &[(NodeId, DcAddress)], further: Option<u32>, size: usize) ->
     bytes
 }
 
-/// Nobody sends messages to a metadata server.
-struct NoMessages;
-
-impl Sink for NoMessages {
-    fn reserve(&self, _service: Service) -> bool {
-        false
-    }
-    fn release(&self, _service: Service) {}
-    fn deliver(&self, _received: Received) {}
-}
-
 /// What the table holds, to be written again from.
 #[derive(Debug)]
 struct Contents {
@@ -158,14 +164,50 @@ struct Contents {
     free: Vec<u32>,
 }
 
+/// The table, as it stands in the region and as it is written from.
+#[derive(Debug)]
+struct Store {
+    /// Its address is of no meaning here.
+    layout: MetaTable,
+    region: Arc<MemoryRegion>,
+    contents: Mutex<Contents>,
+}
+
+/// Nodes of other processes say by messages where they are.
+impl Sink for Store {
+    fn reserve(&self, service: Service) -> bool {
+        service == REGISTER
+    }
+
+    fn release(&self, _service: Service) {}
+
+    fn deliver(&self, received: Received) {
+        let Some(header) = Header::decode(&received.header) else {
+            return;
+        };
+        let (node, address) = (header.from, header.address);
+        match received.body.as_slice() {
+            [1] => {
+                if let Err(why) = self.change(node, Some(address)) {
+                    tracing::warn!(%node, %why, "a node cannot be found by others");
+                }
+            }
+            // Not where another life of it has joined meanwhile.
+            [0] if self.get(node) == Some(address) => {
+                let _nothing_is_added = self.change(node, None);
+            }
+            _ => {}
+        }
+    }
+}
+
 /// A metadata server: a table on a node of its own. Nodes that are given several use them as
 /// replicas, the first first.
 #[derive(Debug)]
 pub struct MetaServer {
     port: Arc<dyn Port>,
-    table: Table,
-    region: Arc<MemoryRegion>,
-    contents: Mutex<Contents>,
+    table: MetaTable,
+    store: Arc<Store>,
 }
 
 impl MetaServer {
@@ -184,29 +226,35 @@ impl MetaServer {
             });
         }
         let buckets = (nodes * 4).div_ceil(3 * SLOTS);
-        let port = fabric.join(id, Arc::new(NoMessages))?;
-        let table = Table {
-            address: port.address(),
+        let mut table = MetaTable {
+            node: id,
+            address: DcAddress {
+                number: 0,
+                key: 0,
+                lid: 0,
+                gid: 0,
+            },
             key: KEY,
             buckets: buckets as u64,
         };
         let size = ByteSize::new(table.bytes());
-        let region = MemoryRegion::create(size, Access::Read, KEY, 0)?;
-        port.expose(&region)?;
-        let contents = Mutex::new(Contents {
-            buckets: vec![Vec::new(); buckets],
-            overflow: HashMap::new(),
-            free: (0..table.overflow_buckets() as u32).rev().collect(),
+        let store = Arc::new(Store {
+            layout: table,
+            region: MemoryRegion::create(size, Access::Read, KEY, 0)?,
+            contents: Mutex::new(Contents {
+                buckets: vec![Vec::new(); buckets],
+                overflow: HashMap::new(),
+                free: (0..table.overflow_buckets() as u32).rev().collect(),
+            }),
         });
-        Ok(Arc::new(Self {
-            port,
-            table,
-            region,
-            contents,
-        }))
+        let port = fabric.join(id, Arc::clone(&store) as _)?;
+        table.address = port.address();
+        port.expose(&store.region)?;
+        Ok(Arc::new(Self { port, table, store }))
     }
 
-    pub(crate) fn table(&self) -> Table {
+    /// What nodes of other processes need to use it: see [`Config::tables`](crate::Config::tables).
+    pub fn table(&self) -> MetaTable {
         self.table
     }
 
@@ -220,23 +268,32 @@ impl MetaServer {
     /// # Errors
     /// [`Error::MetaFull`] where its bucket has no more room.
     pub fn insert(&self, node: NodeId, address: DcAddress) -> Result<()> {
-        self.change(node, Some(address))
+        self.store.change(node, Some(address))
     }
 
     /// Forgets a node.
     pub fn remove(&self, node: NodeId) {
-        let _nothing_is_added = self.change(node, None);
+        let _nothing_is_added = self.store.change(node, None);
     }
 
     /// Takes the server off the fabric, as its death would: clients turn to the next replica.
     pub fn stop(&self) {
         self.port.leave();
     }
+}
+
+impl Store {
+    fn get(&self, node: NodeId) -> Option<DcAddress> {
+        let contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let bucket = contents.buckets.get(self.layout.hash(node) as usize)?;
+        let found = bucket.iter().find(|(one, _)| *one == node)?;
+        Some(found.1)
+    }
 
     fn change(&self, node: NodeId, address: Option<DcAddress>) -> Result<()> {
         let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
         let contents = &mut *contents;
-        let hash = self.table.hash(node);
+        let hash = self.layout.hash(node);
         let bucket = &mut contents.buckets[hash as usize];
         let at = bucket.iter().position(|(one, _)| *one == node);
         match (at, address) {
@@ -264,14 +321,14 @@ impl MetaServer {
         let further = contents.overflow.get(&hash).copied();
         let (near, far) = bucket.split_at(bucket.len().min(SLOTS));
         let write_far = || {
-            if let Some(at) = further.and_then(|index| self.table.overflow(index)) {
+            if let Some(at) = further.and_then(|index| self.layout.overflow(index)) {
                 let _inside = self.region.write(at, &encode(far, None, OVERFLOW));
             }
         };
         let write_near = || {
             let continues = further.filter(|_| !far.is_empty());
             let bytes = encode(near, continues, BUCKET);
-            let _inside = self.region.write(self.table.bucket(node), &bytes);
+            let _inside = self.region.write(self.layout.bucket(node), &bytes);
         };
         // Where an entry moves between the two, it is in both for a while, and never in neither.
         if address.is_some() {
@@ -338,7 +395,7 @@ mod tests {
         let table = server.table();
         let read = |offset, len| {
             let mut bytes = vec![0; len];
-            assert!(server.region.read(offset, &mut bytes));
+            assert!(server.store.region.read(offset, &mut bytes));
             find(&bytes, node)
         };
         match read(table.bucket(node), BUCKET) {
@@ -365,7 +422,7 @@ mod tests {
             server.remove(NodeId(node));
             assert_eq!(look_up(&server, NodeId(node)).0, Found::Nowhere);
         }
-        let contents = server.contents.lock().unwrap();
+        let contents = server.store.contents.lock().unwrap();
         assert_eq!(
             contents.free.len(),
             server.table().overflow_buckets() as usize

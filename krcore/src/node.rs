@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use carlsbad_types::ByteSize;
 use serde::{Deserialize, Serialize};
@@ -19,10 +19,10 @@ use crate::error::{Error, Malformed, Result};
 use crate::fabric::{
     DcAddress, Fabric, Op, PairOptions, Port, QueuePair, RawRequest, Status, Wake,
 };
-use crate::message::{Acks, Inbox, Listener, MAX_LARGE};
-use crate::meta::{BUCKET, Found, MetaServer, OVERFLOW, find};
+use crate::message::{Acks, Header, Inbox, Listener, MAX_LARGE};
+use crate::meta::{BUCKET, Found, MetaServer, MetaTable, OVERFLOW, REGISTER, find};
 use crate::mr::{self, ACKS_KEY, RegionEntry, Regions};
-use crate::notify::{Event, always_ready};
+use crate::notify::{Bells, Event, always_ready};
 use crate::pool::Pool;
 use crate::region::{Access, MemoryRegion, RKey, RegionSlice, RemoteSlice, Sealed};
 use crate::vq::{PooledQueue, VirtualQueue};
@@ -31,6 +31,8 @@ use crate::vq::{PooledQueue, VirtualQueue};
 const REREADS: usize = 64;
 /// How long a request of the node's own may take.
 const CONTROL_LIMIT: Duration = Duration::from_secs(1);
+/// How often a metadata server that could not be told of this node is told again.
+const TELL_AGAIN: Duration = Duration::from_secs(1);
 /// Local memory for metadata that is read: the longest is an overflow bucket.
 const SCRATCH: u64 = 4096;
 
@@ -59,6 +61,9 @@ impl fmt::Display for Service {
 pub struct Config {
     /// The metadata servers to ask, the nearest first. Without any, peers are asked themselves.
     pub meta: Vec<Arc<MetaServer>>,
+    /// Metadata servers of other processes, asked after those. The node tells them that it is there,
+    /// and tells those that cannot be reached later.
+    pub tables: Vec<MetaTable>,
     /// Shared pairs that reach every node. Default: one for each CPU.
     pub dynamic_pairs: usize,
     /// The most dedicated pairs. Default: 32, as in the paper.
@@ -76,6 +81,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             meta: Vec::new(),
+            tables: Vec::new(),
             dynamic_pairs: std::thread::available_parallelism().map_or(1, usize::from),
             dedicated_pairs: 32,
             depth: 128,
@@ -158,6 +164,7 @@ pub(crate) struct Core {
     pub(crate) id: NodeId,
     pub(crate) fabric: Arc<dyn Fabric>,
     pub(crate) pool: Pool,
+    pub(crate) bells: Arc<Bells>,
     pub(crate) promote_after: u32,
     pub(crate) port: Arc<dyn Port>,
     pub(crate) owner: u64,
@@ -166,9 +173,12 @@ pub(crate) struct Core {
     pub(crate) always_ready: Event,
     pub(crate) lease: Duration,
     meta: Vec<Arc<MetaServer>>,
+    tables: Vec<MetaTable>,
+    /// Those of `tables` that do not know of this node yet.
+    untold: Mutex<Vec<MetaTable>>,
     depth: usize,
     peers: Arc<Peers>,
-    entries: RwLock<HashMap<(u64, u32), (Duration, RegionEntry)>>,
+    entries: RwLock<HashMap<(DcAddress, RKey), (Duration, RegionEntry)>>,
     regions: Mutex<Regions>,
     control: Mutex<Control>,
     scratch: Arc<MemoryRegion>,
@@ -255,6 +265,7 @@ impl Node {
         let port = fabric.join(id, Arc::clone(&inbox) as _)?;
         port.expose(&regions.table)?;
         port.expose(&acks)?;
+        let bells = Arc::new(Bells::default());
         let core = Core {
             id,
             pool: Pool::new(
@@ -262,7 +273,9 @@ impl Node {
                 config.dynamic_pairs,
                 config.dedicated_pairs,
                 config.depth,
+                &bells,
             )?,
+            bells,
             promote_after: config.promote_after,
             port,
             owner,
@@ -271,6 +284,8 @@ impl Node {
             always_ready: always_ready()?,
             lease: config.lease,
             meta: config.meta,
+            untold: Mutex::new(config.tables.clone()),
+            tables: config.tables,
             depth: config.depth,
             peers,
             entries: RwLock::default(),
@@ -294,6 +309,7 @@ impl Node {
         for server in &node.core.meta {
             server.insert(id, node.core.port.address())?;
         }
+        node.core.tell_tables();
         let core = Arc::clone(&node.core);
         let thread = std::thread::Builder::new()
             .name("krcore".to_owned())
@@ -447,6 +463,11 @@ impl Drop for Embedded {
         for server in &self.core.meta {
             server.remove(self.core.id);
         }
+        let untold = std::mem::take(&mut *self.core.lock_untold());
+        for table in self.core.tables.iter().filter(|one| !untold.contains(one)) {
+            // One that is gone has forgotten it already.
+            let _gone = self.core.tell_table(table, false);
+        }
         self.core.lock_regions().clear();
         self.core.port.leave();
         self.core.give(Task::Stop);
@@ -466,6 +487,7 @@ fn control_pair() -> PairOptions {
 
 fn serve(core: &Core, todo: &mpsc::Receiver<Task>) {
     let tick = (core.lease / 8).max(Duration::from_millis(5));
+    let mut told = Instant::now();
     loop {
         match todo.recv_timeout(tick) {
             Ok(Task::Promote(peer, address)) => {
@@ -477,6 +499,10 @@ fn serve(core: &Core, todo: &mpsc::Receiver<Task>) {
             Err(RecvTimeoutError::Timeout) => {}
         }
         core.end_leases();
+        if told.elapsed() > TELL_AGAIN {
+            told = Instant::now();
+            core.tell_tables();
+        }
     }
 }
 
@@ -529,7 +555,7 @@ impl Core {
 
     pub(crate) fn promote(&self, peer: NodeId, address: DcAddress) -> Result<()> {
         if self.pool.dedicated(peer).is_none() {
-            let queue = Queue::new(&self.fabric, self.depth, Some((peer, address)))?;
+            let queue = Queue::new(&self.fabric, self.depth, Some((peer, address)), &self.bells)?;
             self.pool.promote(peer, queue);
         }
         Ok(())
@@ -560,8 +586,8 @@ impl Core {
 
     /// At the first replica that answers; and at the peer itself where none knows it.
     fn look_up(&self, peer: NodeId, limit: Duration) -> Result<DcAddress> {
-        for server in &self.meta {
-            let table = server.table();
+        let tables = self.meta.iter().map(|server| server.table());
+        for table in tables.chain(self.tables.iter().copied()) {
             let read = |offset, len| {
                 let mut bytes = [0; OVERFLOW];
                 let bytes = &mut bytes[..len];
@@ -610,7 +636,8 @@ impl Core {
         key: RKey,
         now: Duration,
     ) -> Result<(RegionEntry, Duration), Malformed> {
-        let which = (u64::from(peer.number) << 32 | u64::from(peer.key), key.0);
+        // All of the address: a node that comes back may have its number again, and other regions.
+        let which = (peer, key);
         let known = self
             .entries
             .read()
@@ -648,7 +675,53 @@ impl Core {
         Ok((entry, until))
     }
 
-    /// One READ on the node's own pair, which is rebuilt if that breaks it.
+    fn lock_untold(&self) -> std::sync::MutexGuard<'_, Vec<MetaTable>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the metadata servers of other processes that do not know it yet of this node.
+    fn tell_tables(&self) {
+        let untold = std::mem::take(&mut *self.lock_untold());
+        for table in untold {
+            if let Err(why) = self.tell_table(&table, true) {
+                tracing::warn!(server = %table.node, %why, "a metadata server cannot be told");
+                self.lock_untold().push(table);
+            }
+        }
+    }
+
+    fn tell_table(&self, table: &MetaTable, joined: bool) -> Result<(), Status> {
+        let header = Header {
+            from: self.id,
+            address: self.port.address(),
+            len: 1,
+            large: None,
+        };
+        let reserved = self.fabric.reserve(table.address, REGISTER);
+        match reserved {
+            Ok(true) => {}
+            Ok(false) => return Err(Status::ReceiverNotReady),
+            Err(why) => return Err(Status::Refused(why)),
+        }
+        let nowhere = RemoteSlice {
+            key: RKey(0),
+            offset: 0,
+        };
+        let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        let _inside = control.scratch.write(0, &[u8::from(joined)]);
+        let request = RawRequest {
+            wr_id: 0,
+            signalled: true,
+            op: Op::Send(REGISTER),
+            local: control.scratch.slice(0, 1),
+            remote: nowhere,
+            to: table.address,
+            header: Some(Box::new(header.encode())),
+        };
+        self.execute(&mut control, &request)
+    }
+
+    /// One READ on the node's own pair.
     fn read(&self, to: DcAddress, remote: RemoteSlice, out: &mut [u8]) -> Result<(), Status> {
         let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
         let local = control.scratch.slice(0, out.len() as u64);
@@ -661,23 +734,29 @@ impl Core {
             to,
             header: None,
         };
-        let posted = control.pair.post(std::slice::from_ref(&request));
-        let status = match posted {
-            Ok(()) => crate::notify::poll_until(CONTROL_LIMIT, || control.pair.poll())
-                .map_or(Status::RetryExceeded, |completion| completion.status),
-            Err(_) => Status::RetryExceeded,
-        };
-        if status != Status::Success {
-            if let Ok(pair) = self.fabric.queue_pair(control_pair()) {
-                control.pair = pair;
-            }
-            return Err(status);
-        }
+        self.execute(&mut control, &request)?;
         if control.scratch.read(0, out) {
             Ok(())
         } else {
             Err(Status::LocalProtection)
         }
+    }
+
+    /// One request on the node's own pair, which is rebuilt if that breaks it.
+    fn execute(&self, control: &mut Control, request: &RawRequest) -> Result<(), Status> {
+        let posted = control.pair.post(std::slice::from_ref(request));
+        let status = match posted {
+            Ok(()) => crate::notify::poll_until(CONTROL_LIMIT, || control.pair.poll())
+                .map_or(Status::RetryExceeded, |completion| completion.status),
+            Err(_) => Status::RetryExceeded,
+        };
+        if status == Status::Success {
+            return Ok(());
+        }
+        if let Ok(pair) = self.fabric.queue_pair(control_pair()) {
+            control.pair = pair;
+        }
+        Err(status)
     }
 
     pub(crate) fn stats(&self) -> Stats {

@@ -196,6 +196,39 @@ impl Signal {
     }
 }
 
+/// Wakes the executors of a daemon that sleep while something of theirs is out on the fabric.
+#[derive(Debug, Default)]
+pub(crate) struct Bells {
+    asleep: AtomicUsize,
+    events: Mutex<Vec<Arc<Event>>>,
+}
+
+impl Bells {
+    #[cfg(feature = "daemon")]
+    pub(crate) fn add(&self, event: &Arc<Event>) {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        events.push(Arc::clone(event));
+    }
+
+    /// Whatever comes from here on sets the event, until [`awake`](Self::awake).
+    #[cfg(feature = "daemon")]
+    pub(crate) fn asleep(&self) {
+        self.asleep.fetch_add(1, Ordering::SeqCst);
+    }
+
+    #[cfg(feature = "daemon")]
+    pub(crate) fn awake(&self) {
+        self.asleep.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn ring(&self) {
+        if self.asleep.load(Ordering::SeqCst) > 0 {
+            let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+            events.iter().for_each(|event| event.set());
+        }
+    }
+}
+
 /// Sleeps until `word` is no longer `expected`, somebody wakes it, or `limit` is over. The word may
 /// lie in memory that is shared with another process.
 pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, limit: Duration) {

@@ -9,6 +9,7 @@ use crate::dispatch::Queue;
 use crate::error::Result;
 use crate::fabric::Fabric;
 use crate::node::NodeId;
+use crate::notify::Bells;
 
 /// The pool of a node.
 #[derive(Debug)]
@@ -25,10 +26,11 @@ impl Pool {
         dynamic: usize,
         dedicated: usize,
         depth: usize,
+        bells: &Arc<Bells>,
     ) -> Result<Self> {
         Ok(Self {
             dynamic: (0..dynamic)
-                .map(|_| Queue::new(fabric, depth, None).map(Arc::new))
+                .map(|_| Queue::new(fabric, depth, None, bells).map(Arc::new))
                 .collect::<Result<_>>()?,
             dedicated: Mutex::default(),
             next: AtomicUsize::new(0),

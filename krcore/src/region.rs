@@ -249,11 +249,18 @@ impl MemoryRegion {
         self.memory.as_ptr().wrapping_add(offset as usize)
     }
 
-    /// Copies from the region to `out`; false, and nothing copied, where the range is outside.
+    /// Copies from the region to `out`; false, and nothing copied, where the range is outside. Eight
+    /// aligned bytes go as one.
     #[must_use]
     pub fn read(&self, offset: u64, out: &mut [u8]) -> bool {
         if !self.contains(offset, out.len() as u64) {
             return false;
+        }
+        if out.len() == 8
+            && let Some(word) = self.atomic(offset)
+        {
+            out.copy_from_slice(&word.load(Ordering::Acquire).to_ne_bytes());
+            return true;
         }
         // SAFETY: the range lies in the mapping (checked), which cannot shrink (sealed); `out` is
         // exclusive memory of ours.
@@ -261,11 +268,18 @@ impl MemoryRegion {
         true
     }
 
-    /// Copies `bytes` into the region; false, and nothing copied, where the range is outside.
+    /// Copies `bytes` into the region; false, and nothing copied, where the range is outside. Eight
+    /// aligned bytes go as one.
     #[must_use]
     pub fn write(&self, offset: u64, bytes: &[u8]) -> bool {
         if !self.contains(offset, bytes.len() as u64) {
             return false;
+        }
+        if let Ok(word) = bytes.try_into()
+            && let Some(to) = self.atomic(offset)
+        {
+            to.store(u64::from_ne_bytes(word), Ordering::Release);
+            return true;
         }
         // SAFETY: the range lies in the mapping (checked), which cannot shrink (sealed) and is
         // handed out as no reference.

@@ -259,6 +259,7 @@ impl Daemon {
         for _ in 0..options.executors.clamp(1, 256) {
             let (commands, todo) = channel();
             let event = Arc::new(Event::new()?);
+            core.bells.add(&event);
             let run = Execution::new(&core, &counters, &stop, todo, Arc::clone(&event))?;
             let thread = spawn("krcored-execute", Box::new(move || run.run()));
             executors.push(Executor {
@@ -625,14 +626,15 @@ impl Control {
                     return Err(other("only trusted clients map memory of others"));
                 }
                 let address = self.core.address_of(peer, Duration::from_secs(1))?;
+                let find = |key| self.core.fabric.local_region(address, key);
+                let Some(table) = find(TABLE_KEY) else {
+                    return Ok(Reply::Elsewhere);
+                };
                 let (entry, _) = self
                     .core
                     .remote_entry(address, key, crate::clock::coarse())
                     .map_err(|_| Failure::StaleKey)?;
-                let find = |key| self.core.fabric.local_region(address, key);
-                let (Some(region), Some(table)) = (find(key), find(TABLE_KEY)) else {
-                    return Err(Failure::StaleKey);
-                };
+                let region = find(key).ok_or(Failure::StaleKey)?;
                 out.push(Descriptor::Region(region));
                 out.push(Descriptor::Region(table));
                 Ok(Reply::Mapped(entry.access))
@@ -923,29 +925,49 @@ impl Execution {
         worked
     }
 
-    /// Sleeps until a client rings, or something else happens.
+    /// Sleeps until a client rings, the fabric has something, or something else happens.
     fn sleep(&mut self) {
-        let channels = || self.clients.iter().flat_map(|served| &served.channels);
-        for asleep in channels().filter_map(|lanes| lanes.channel.sleeping()) {
-            asleep.store(1, Ordering::SeqCst);
-        }
+        /// A bell that was missed costs no more than this.
+        const NAP: u16 = 5;
+        self.fall_asleep(1);
         fence(Ordering::SeqCst);
-        let rung = channels()
+        let rung = self
+            .channels()
             .filter_map(|lanes| lanes.channel.doorbell())
             .any(|doorbell| doorbell.load(Ordering::SeqCst) != 0);
         if !rung {
-            // What is outstanding on the fabric completes without a bell.
-            let waits = channels()
-                .flat_map(|lanes| lanes.lanes.iter().flatten())
-                .any(|lane| !lane.outstanding.is_empty());
-            let limit = if waits { 1_u16 } else { 1000 };
-            let mut events = [EpollEvent::empty(); 16];
-            let _interrupted = self.epoll.wait(&mut events, limit);
+            let waits = self.waits();
+            if waits {
+                self.core.bells.asleep();
+            }
+            // What came before the bells could ring.
+            if !waits || !self.round() {
+                let limit = if waits { NAP } else { 1000 };
+                let mut events = [EpollEvent::empty(); 16];
+                let _interrupted = self.epoll.wait(&mut events, limit);
+            }
+            if waits {
+                self.core.bells.awake();
+            }
             self.event.clear();
         }
-        for asleep in channels().filter_map(|lanes| lanes.channel.sleeping()) {
-            asleep.store(0, Ordering::SeqCst);
-        }
+        self.fall_asleep(0);
+    }
+
+    fn channels(&self) -> impl Iterator<Item = &Lanes> {
+        self.clients.iter().flat_map(|served| &served.channels)
+    }
+
+    /// Whether something is out on the fabric.
+    fn waits(&self) -> bool {
+        self.channels()
+            .flat_map(|lanes| lanes.lanes.iter().flatten())
+            .any(|lane| !lane.outstanding.is_empty())
+    }
+
+    fn fall_asleep(&self, asleep: u32) {
+        let all = self.channels().filter_map(|lanes| lanes.channel.sleeping());
+        all.for_each(|one| one.store(asleep, Ordering::SeqCst));
     }
 }
 

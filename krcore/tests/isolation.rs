@@ -3,10 +3,12 @@
 
 mod common;
 
+use std::time::Instant;
+
 use carlsbad_kit::seed;
-use common::{Pair, SECOND, pair, pair_on, word};
-use krcore::fabric::{Fabric, PairOptions, RawRequest, State, Wake};
-use krcore::{Completion, Op, RKey, RemoteSlice, ShmFabric, Status, VirtualQueue, WorkRequest};
+use common::{Kind, Pair, SECOND, pair, word};
+use krcore::fabric::{PairOptions, RawRequest, State, Wake};
+use krcore::{Completion, Op, RKey, RemoteSlice, Status, VirtualQueue, WorkRequest};
 
 fn hostile(n: usize, p: &Pair, id: u64) -> WorkRequest {
     let remote = |key, offset| RemoteSlice { key, offset };
@@ -68,69 +70,81 @@ fn load(p: &Pair, operations: usize) {
     assert_eq!(p.client.stats().unwrap().rebuilt, 0);
 }
 
-#[test]
-fn a_hostile_queue_harms_no_other_on_its_pair() {
-    load(&pair(), 1_000_000);
+on_every_fabric! { lag 20:
+    a_hostile_queue_harms_no_other_on_its_pair
+    a_raw_shared_pair_is_broken_by_one_hostile_request
+    unsignalled_requests_far_beyond_the_depth_neither_hang_nor_get_lost
 }
 
-#[test]
-fn nor_where_the_adapter_lags_behind() {
-    let lagging = ShmFabric::lagging(20);
-    load(&pair_on(lagging, common::config()), 1_000_000);
+/// A network takes its time.
+fn operations(kind: Kind) -> usize {
+    match kind {
+        Kind::Shm | Kind::Lagging(_) => 1_000_000,
+        #[cfg(feature = "tcp")]
+        Kind::Tcp => common::rounds(50_000, 1_000_000),
+    }
+}
+
+fn a_hostile_queue_harms_no_other_on_its_pair(kind: Kind) {
+    load(&pair(kind), operations(kind));
 }
 
 /// The control: without the checks, any of the same requests ends the pair for all who share it.
-#[test]
-fn a_raw_shared_pair_is_broken_by_one_hostile_request() {
-    for fabric in [ShmFabric::new(), ShmFabric::lagging(20)] {
-        let p = pair_on(fabric, common::config());
-        // No bytes are no harm to a raw pair.
-        for n in (0..8).filter(|n| *n != 5) {
-            let options = PairOptions {
-                depth: 128,
-                peer: None,
-                wake: Wake::nobody(),
-            };
-            let mut shared = p.fabric.queue_pair(options).unwrap();
-            let raw = |work: WorkRequest| RawRequest {
-                wr_id: work.id,
-                signalled: true,
-                op: work.op,
-                local: work.local,
-                remote: work.remote,
-                to: p.server.address(),
-                header: None,
-            };
-            shared.post(&[raw(hostile(n, &p, 1))]).unwrap();
-            let good = WorkRequest::new(2, Op::Read, p.near.slice(0, 8), p.far.remote(0));
-            shared.post(&[raw(good)]).unwrap();
-            let first = shared.poll().unwrap();
-            assert_ne!(first.status, Status::Success, "hostile request {n}");
-            let second = shared.poll().unwrap();
-            let what = format!("of another sharer, after request {n}");
-            assert_eq!(second.status, Status::Flushed, "{what}");
-            assert_eq!(shared.state(), State::Err);
-        }
+fn a_raw_shared_pair_is_broken_by_one_hostile_request(kind: Kind) {
+    let p = pair(kind);
+    // No bytes are no harm to a raw pair.
+    for n in (0..8).filter(|n| *n != 5) {
+        let options = PairOptions {
+            depth: 128,
+            peer: None,
+            wake: Wake::nobody(),
+        };
+        let fabric = p.net.fabric(p.client.id());
+        let mut shared = fabric.queue_pair(options).unwrap();
+        let raw = |work: WorkRequest| RawRequest {
+            wr_id: work.id,
+            signalled: true,
+            op: work.op,
+            local: work.local,
+            remote: work.remote,
+            to: p.server.address(),
+            header: None,
+        };
+        shared.post(&[raw(hostile(n, &p, 1))]).unwrap();
+        let good = WorkRequest::new(2, Op::Read, p.near.slice(0, 8), p.far.remote(0));
+        shared.post(&[raw(good)]).unwrap();
+        let mut next = || {
+            let start = Instant::now();
+            loop {
+                match shared.poll() {
+                    Some(found) => return found,
+                    None => assert!(start.elapsed() < SECOND, "nothing completes"),
+                }
+            }
+        };
+        let first = next();
+        assert_ne!(first.status, Status::Success, "hostile request {n}");
+        let second = next();
+        let what = format!("of another sharer, after request {n}");
+        assert_eq!(second.status, Status::Flushed, "{what}");
+        assert_eq!(shared.state(), State::Err);
     }
 }
 
-#[test]
-fn unsignalled_requests_far_beyond_the_depth_neither_hang_nor_get_lost() {
-    for fabric in [ShmFabric::new(), ShmFabric::lagging(100)] {
-        let p = pair_on(fabric, common::config());
-        let mut queue = p.client.connect(p.server.id(), SECOND).unwrap();
-        let add = Op::FetchAdd { add: 1 };
-        let one = WorkRequest::new(0, add, p.near.slice(0, 8), p.far.remote(0)).unsignalled();
-        let all = 1_000_000;
-        let list = vec![one.clone(); 1000];
-        for _ in 0..all / list.len() {
-            assert_eq!(queue.post(&list).unwrap(), list.len());
-        }
-        let last = WorkRequest::new(7, Op::Fence, p.near.slice(0, 0), p.far.remote(0));
-        queue.post(&[last]).unwrap();
-        let mut out = [Completion::default(); 2];
-        assert_eq!(queue.wait(SECOND).unwrap().id, 7);
-        assert_eq!(queue.poll(&mut out), 0, "none was signalled");
-        assert_eq!(word(&p.far, 0), all as u64);
+fn unsignalled_requests_far_beyond_the_depth_neither_hang_nor_get_lost(kind: Kind) {
+    let p = pair(kind);
+    let mut queue = p.client.connect(p.server.id(), SECOND).unwrap();
+    let add = Op::FetchAdd { add: 1 };
+    let one = WorkRequest::new(0, add, p.near.slice(0, 8), p.far.remote(0)).unsignalled();
+    let all = operations(kind);
+    let list = vec![one.clone(); 1000];
+    for _ in 0..all / list.len() {
+        assert_eq!(queue.post(&list).unwrap(), list.len());
     }
+    let last = WorkRequest::new(7, Op::Fence, p.near.slice(0, 0), p.far.remote(0));
+    queue.post(&[last]).unwrap();
+    let mut out = [Completion::default(); 2];
+    assert_eq!(queue.wait(SECOND).unwrap().id, 7);
+    assert_eq!(queue.poll(&mut out), 0, "none was signalled");
+    assert_eq!(word(&p.far, 0), all as u64);
 }

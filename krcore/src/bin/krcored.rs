@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use krcore::fabric::Fabric;
 use krcore::{Config, Daemon, DaemonOptions, Node, NodeId, ShmFabric, Stats};
+#[cfg(feature = "tcp")]
+use krcore::{PresharedKey, TcpFabric, TcpOptions};
 use nix::sys::signal::{SigSet, Signal};
 
 /// Serves the processes of this machine: each attaches at the socket, and connects from there in
@@ -23,6 +26,23 @@ struct Arguments {
     /// This node's number.
     #[arg(long, default_value_t = 1)]
     node: u64,
+    /// Where daemons of other machines reach this one: 0.0.0.0:7471, say. Needs --key-file.
+    #[cfg(feature = "tcp")]
+    #[arg(long, requires = "key_file")]
+    listen: Option<SocketAddr>,
+    /// A node of another machine, and where its daemon listens: 2=10.0.0.2:7471. Once for each.
+    #[cfg(feature = "tcp")]
+    #[arg(long = "peer", value_name = "ID=ADDR", value_parser = peer, requires = "key_file")]
+    peers: Vec<(NodeId, SocketAddr)>,
+    /// The key that all daemons hold: 64 hexadecimal digits (openssl rand -hex 32), readable by
+    /// nobody else.
+    #[cfg(feature = "tcp")]
+    #[arg(long)]
+    key_file: Option<PathBuf>,
+    /// For how long, in milliseconds, another daemon may be silent before its link is given up.
+    #[cfg(feature = "tcp")]
+    #[arg(long, default_value_t = 500)]
+    silence: u64,
     /// Lets processes map the memory of others and execute on it themselves.
     #[arg(long)]
     trusted: bool,
@@ -43,6 +63,31 @@ struct Arguments {
     drain: u64,
 }
 
+#[cfg(feature = "tcp")]
+fn peer(text: &str) -> Result<(NodeId, SocketAddr)> {
+    let (node, at) = text.split_once('=').context("it has to be ID=ADDR:PORT")?;
+    let node = node.parse().context("the node's number")?;
+    Ok((NodeId(node), at.parse().context("the address")?))
+}
+
+/// Shared memory, or TCP where other machines are to be reached.
+fn fabric(arguments: &Arguments) -> Result<Arc<dyn Fabric>> {
+    #[cfg(feature = "tcp")]
+    if let Some(path) = &arguments.key_file {
+        let mut options = TcpOptions::new(PresharedKey::from_file(path)?);
+        options.listen = arguments.listen;
+        options.peers = arguments.peers.iter().copied().collect();
+        options.limit = Duration::from_millis(arguments.silence);
+        let fabric = TcpFabric::new(options)?;
+        if let Some(at) = fabric.local_addr() {
+            tracing::info!(%at, "daemons of other machines are served");
+        }
+        return Ok(Arc::new(fabric));
+    }
+    let _none = arguments;
+    Ok(Arc::new(ShmFabric::new()))
+}
+
 fn main() -> Result<()> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -58,7 +103,7 @@ fn main() -> Result<()> {
         lease: Duration::from_millis(arguments.lease),
         ..Config::default()
     };
-    let node = Node::embedded(ShmFabric::new(), NodeId(arguments.node), config)?;
+    let node = Node::on(fabric(&arguments)?, NodeId(arguments.node), config)?;
     let mut options = DaemonOptions {
         trusted: arguments.trusted,
         clients: arguments.clients,

@@ -14,7 +14,9 @@
 //! 3. **Errors.** A request that fails completes with its own [`Status`] and puts the pair in
 //!    [`State::Err`]. Every request behind it completes with [`Status::Flushed`], signalled or not,
 //!    and **was not executed**: the pool posts those of other peers again on a new pair. A fabric
-//!    that does not know whether a request was executed reports [`Status::RetryExceeded`] instead.
+//!    that does not know whether a request was executed reports [`Status::RetryExceeded`] instead,
+//!    for as many requests as it does not know that of. Behind the first failure every request
+//!    completes by itself.
 //! 4. **Bounds.** [`QueuePair::post`] takes all of a list or nothing of it, never more than
 //!    [`QueuePair::depth`] requests are outstanding, and it does not block on the peer. A lost link
 //!    or a dead peer ends every outstanding request with a status within the fabric's own time
@@ -33,6 +35,9 @@
 //!    putting the pair in ERR.
 
 mod shm;
+mod target;
+#[cfg(feature = "tcp")]
+pub mod tcp;
 #[cfg(feature = "verbs")]
 mod verbs;
 
@@ -43,7 +48,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use shm::ShmFabric;
-pub(crate) use shm::execute;
+pub(crate) use target::execute;
+#[cfg(feature = "tcp")]
+pub(crate) use target::{atomic, permit};
 #[cfg(feature = "verbs")]
 pub(crate) use verbs::Registration;
 #[cfg(feature = "verbs")]

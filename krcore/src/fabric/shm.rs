@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use super::{
     DcAddress, Fabric, Op, PairOptions, Port, QueueFull, QueuePair, RawCompletion, RawRequest,
-    Received, Sink, State, Status,
+    Received, Sink, State, Status, execute,
 };
 use crate::error::{Error, Malformed, Result};
 use crate::node::{NodeId, Service};
-use crate::region::{Access, MemoryRegion, RKey, RegionSlice};
+use crate::region::{MemoryRegion, RKey};
 
 struct ShmPort {
     node: NodeId,
@@ -90,45 +90,6 @@ impl ShmPort {
             body,
         });
         Status::Success
-    }
-}
-
-/// Executes a one-sided operation on a peer's mapped region.
-pub(crate) fn execute(remote: &MemoryRegion, op: Op, local: &RegionSlice, far: u64) -> Status {
-    let at = local.offset;
-    if !local.region.contains(at, local.len) {
-        return Status::LocalProtection;
-    }
-    if !remote.contains(far, local.len) {
-        return Status::RemoteAccess;
-    }
-    let done = match (op, remote.access()) {
-        (Op::Read, Access::Read | Access::ReadWrite) => {
-            MemoryRegion::copy(remote, far, &local.region, at, local.len)
-        }
-        (Op::Write, Access::ReadWrite) => {
-            MemoryRegion::copy(&local.region, at, remote, far, local.len)
-        }
-        (Op::CompareSwap { .. } | Op::FetchAdd { .. }, Access::ReadWrite) => {
-            let (Some(word), Some(old)) = (remote.atomic(far), local.region.atomic(at)) else {
-                return Status::RemoteInvalid;
-            };
-            let was = match op {
-                Op::FetchAdd { add } => word.fetch_add(add, Ordering::AcqRel),
-                Op::CompareSwap { expected, new } => word
-                    .compare_exchange(expected, new, Ordering::AcqRel, Ordering::Acquire)
-                    .unwrap_or_else(|was| was),
-                _ => return Status::RemoteInvalid,
-            };
-            old.store(was, Ordering::Release);
-            true
-        }
-        _ => false,
-    };
-    if done {
-        Status::Success
-    } else {
-        Status::RemoteAccess
     }
 }
 

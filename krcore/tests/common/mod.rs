@@ -8,7 +8,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use krcore::{Access, ByteSize, Config, MemoryRegion, Node, NodeId, ShmFabric};
+use krcore::fabric::Fabric;
+use krcore::{Access, ByteSize, Config, MemoryRegion, MetaServer, Node, NodeId, ShmFabric};
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
@@ -21,9 +22,93 @@ pub(crate) fn rounds(usual: usize, soak: usize) -> usize {
     }
 }
 
+/// The fabrics that the tests run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Shm,
+    /// Shared memory whose pairs lag so many requests behind.
+    Lagging(usize),
+    /// Each node in a fabric of its own.
+    #[cfg(feature = "tcp")]
+    Tcp,
+}
+
+/// A network of nodes.
+pub(crate) struct Net {
+    kind: Kind,
+    shm: ShmFabric,
+    #[cfg(feature = "tcp")]
+    tcp: std::sync::Mutex<std::collections::HashMap<NodeId, krcore::TcpFabric>>,
+}
+
+#[cfg(feature = "tcp")]
+pub(crate) fn tcp_options() -> krcore::TcpOptions {
+    krcore::TcpOptions {
+        listen: Some("127.0.0.1:0".parse().unwrap()),
+        ..krcore::TcpOptions::new(krcore::PresharedKey::new([7; 32]))
+    }
+}
+
+impl Net {
+    pub(crate) fn new(kind: Kind) -> Self {
+        Self {
+            kind,
+            shm: match kind {
+                Kind::Lagging(lag) => ShmFabric::lagging(lag),
+                _ => ShmFabric::new(),
+            },
+            #[cfg(feature = "tcp")]
+            tcp: std::sync::Mutex::default(),
+        }
+    }
+
+    /// The fabric that `node` joins.
+    pub(crate) fn fabric(&self, node: NodeId) -> Arc<dyn Fabric> {
+        match self.kind {
+            Kind::Shm | Kind::Lagging(_) => Arc::new(self.shm.clone()),
+            #[cfg(feature = "tcp")]
+            Kind::Tcp => {
+                let mut all = self.tcp.lock().unwrap();
+                if !all.contains_key(&node) {
+                    let fresh = krcore::TcpFabric::new(tcp_options()).unwrap();
+                    for (other, fabric) in all.iter() {
+                        fabric.set_peer(node, fresh.local_addr().unwrap());
+                        fresh.set_peer(*other, fabric.local_addr().unwrap());
+                    }
+                    all.insert(node, fresh);
+                }
+                Arc::new(all[&node].clone())
+            }
+        }
+    }
+
+    pub(crate) fn join(&self, node: u64, config: Config) -> krcore::Result<Node> {
+        Node::on(self.fabric(NodeId(node)), NodeId(node), config)
+    }
+
+    pub(crate) fn node(&self, node: u64, config: Config) -> Node {
+        self.join(node, config).unwrap()
+    }
+
+    pub(crate) fn meta(&self, node: u64, nodes: usize) -> Arc<MetaServer> {
+        MetaServer::new(&*self.fabric(NodeId(node)), NodeId(node), nodes).unwrap()
+    }
+
+    /// A configuration with these metadata servers: in the same process, or in others.
+    pub(crate) fn with_meta(&self, servers: &[Arc<MetaServer>]) -> Config {
+        let mut all = config();
+        match self.kind {
+            Kind::Shm | Kind::Lagging(_) => all.meta = servers.to_vec(),
+            #[cfg(feature = "tcp")]
+            Kind::Tcp => all.tables = servers.iter().map(|server| server.table()).collect(),
+        }
+        all
+    }
+}
+
 /// Two embedded nodes that share one queue pair each.
 pub(crate) struct Pair {
-    pub(crate) fabric: ShmFabric,
+    pub(crate) net: Net,
     pub(crate) server: Node,
     pub(crate) client: Node,
     pub(crate) far: Arc<MemoryRegion>,
@@ -38,15 +123,16 @@ pub(crate) fn config() -> Config {
     }
 }
 
-pub(crate) fn pair_on(fabric: ShmFabric, config: Config) -> Pair {
-    let server = Node::embedded(fabric.clone(), NodeId(1), config.clone()).unwrap();
-    let client = Node::embedded(fabric.clone(), NodeId(2), config).unwrap();
+pub(crate) fn pair_with(kind: Kind, config: Config) -> Pair {
+    let net = Net::new(kind);
+    let server = net.node(1, config.clone());
+    let client = net.node(2, config);
     let far = server
         .register(ByteSize::kib(4), Access::ReadWrite)
         .unwrap();
     let near = client.register(ByteSize::kib(4), Access::Local).unwrap();
     Pair {
-        fabric,
+        net,
         server,
         client,
         far,
@@ -54,8 +140,25 @@ pub(crate) fn pair_on(fabric: ShmFabric, config: Config) -> Pair {
     }
 }
 
-pub(crate) fn pair() -> Pair {
-    pair_on(ShmFabric::new(), config())
+pub(crate) fn pair(kind: Kind) -> Pair {
+    pair_with(kind, config())
+}
+
+/// Tests that hold on every fabric.
+#[macro_export]
+macro_rules! on_every_fabric {
+    (lag $lag:literal: $($name:ident)*) => {
+        mod shm {
+            $(#[test] fn $name() { super::$name($crate::common::Kind::Shm); })*
+        }
+        mod lagging_shm {
+            $(#[test] fn $name() { super::$name($crate::common::Kind::Lagging($lag)); })*
+        }
+        #[cfg(feature = "tcp")]
+        mod tcp {
+            $(#[test] fn $name() { super::$name($crate::common::Kind::Tcp); })*
+        }
+    };
 }
 
 /// The 8 bytes at `offset`.
