@@ -33,8 +33,13 @@ const MODULES: [&str; 13] = [
     "veth",
     "dummy",
 ];
-/// Test targets that run there.
-const TARGETS: [&str; 1] = ["verbs"];
+/// Test targets that run there, with a word for the kernel: of those that are shared with other
+/// fabrics, what runs on this one.
+const TARGETS: [(&str, &str); 3] = [
+    ("verbs", ""),
+    ("queues", "carlsbad=shared"),
+    ("isolation", "carlsbad=shared"),
+];
 /// libibverbs' driver of soft RoCE, and what names it.
 const DRIVER: &str = "/usr/lib/x86_64-linux-gnu/libibverbs/librxe-rdmav34.so";
 const DRIVERS: &str = "/etc/libibverbs.d/rxe.driver";
@@ -45,9 +50,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Runs every test target in a machine of its own; with `only`, those of these names.
 pub(super) fn run(package: &Package, only: &[String]) -> Result<()> {
-    for target in TARGETS {
+    for (target, words) in TARGETS {
         if only.is_empty() || only.iter().any(|name| name == target) {
-            boot(package, target, &build(package, target)?, "")?;
+            boot(package, target, &build(package, target)?, words)?;
         }
     }
     Ok(())
