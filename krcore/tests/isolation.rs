@@ -82,6 +82,8 @@ fn operations(kind: Kind) -> usize {
         Kind::Shm | Kind::Lagging(_) => 1_000_000,
         #[cfg(feature = "tcp")]
         Kind::Tcp => common::rounds(50_000, 1_000_000),
+        #[cfg(feature = "verbs")]
+        Kind::Verbs => 5_000,
     }
 }
 

@@ -31,6 +31,9 @@ pub(crate) enum Kind {
     /// Each node in a fabric of its own.
     #[cfg(feature = "tcp")]
     Tcp,
+    /// Each node on an opening of the RDMA device of its own.
+    #[cfg(feature = "verbs")]
+    Verbs,
 }
 
 /// A network of nodes.
@@ -39,6 +42,26 @@ pub(crate) struct Net {
     shm: ShmFabric,
     #[cfg(feature = "tcp")]
     tcp: std::sync::Mutex<std::collections::HashMap<NodeId, krcore::TcpFabric>>,
+    #[cfg(feature = "verbs")]
+    verbs: std::sync::Mutex<std::collections::HashMap<NodeId, krcore::VerbsFabric>>,
+    /// Where the handshakes of its nodes are.
+    #[cfg(feature = "verbs")]
+    ports: u16,
+}
+
+/// Where nodes of a network of RDMA devices are that begins at this port: up to as many as it has.
+#[cfg(feature = "verbs")]
+const NODES: u16 = 128;
+
+#[cfg(feature = "verbs")]
+fn verbs_config(ports: u16) -> krcore::VerbsConfig {
+    let at = |port| std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, port);
+    krcore::VerbsConfig {
+        peers: (0..NODES)
+            .map(|node| (NodeId(u64::from(node)), at(ports + node)))
+            .collect(),
+        ..krcore::VerbsConfig::default()
+    }
 }
 
 #[cfg(feature = "tcp")]
@@ -59,6 +82,14 @@ impl Net {
             },
             #[cfg(feature = "tcp")]
             tcp: std::sync::Mutex::default(),
+            #[cfg(feature = "verbs")]
+            verbs: std::sync::Mutex::default(),
+            #[cfg(feature = "verbs")]
+            ports: {
+                use std::sync::atomic::{AtomicU16, Ordering};
+                static NEXT: AtomicU16 = AtomicU16::new(20_000);
+                NEXT.fetch_add(NODES, Ordering::Relaxed)
+            },
         }
     }
 
@@ -79,6 +110,14 @@ impl Net {
                     all.insert(node, fresh);
                 }
                 Arc::new(all[&node].clone())
+            }
+            #[cfg(feature = "verbs")]
+            Kind::Verbs => {
+                let mut all = self.verbs.lock().unwrap();
+                let fabric = all.entry(node).or_insert_with(|| {
+                    krcore::VerbsFabric::open(verbs_config(self.ports)).unwrap()
+                });
+                Arc::new(fabric.clone())
             }
         }
     }
@@ -102,6 +141,8 @@ impl Net {
             Kind::Shm | Kind::Lagging(_) => all.meta = servers.to_vec(),
             #[cfg(feature = "tcp")]
             Kind::Tcp => all.tables = servers.iter().map(|server| server.table()).collect(),
+            #[cfg(feature = "verbs")]
+            Kind::Verbs => all.tables = servers.iter().map(|server| server.table()).collect(),
         }
         all
     }
@@ -158,6 +199,13 @@ macro_rules! on_every_fabric {
         #[cfg(feature = "tcp")]
         mod tcp {
             $(#[test] fn $name() { super::$name($crate::common::Kind::Tcp); })*
+        }
+        #[cfg(feature = "verbs")]
+        mod verbs {
+            $(#[test] fn $name() {
+                carlsbad_kit::require!(carlsbad_kit::capability::Capability::Rdma);
+                super::$name($crate::common::Kind::Verbs);
+            })*
         }
     };
 }

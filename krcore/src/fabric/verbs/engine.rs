@@ -473,14 +473,17 @@ impl Engine {
         open
     }
 
-    /// Ends the connections whose peers have not answered in time. True where some still may.
-    pub(super) fn on_time(&mut self) -> bool {
+    /// Ends the connections whose peers have not answered in time, and those on which the device has
+    /// neither completed anything nor given up for longer than it may. Says when to look again.
+    pub(super) fn on_time(&mut self) -> Look {
         let now = Instant::now();
+        let device = self.config.device_limit();
         let late: Vec<_> = self
             .links
             .iter()
             .filter(|(_, link)| {
                 link.is_owed() && now.duration_since(link.since) > self.config.answer
+                    || link.is_busy() && now.duration_since(link.moved) > device
             })
             .map(|(to, _)| *to)
             .collect();
@@ -490,6 +493,20 @@ impl Engine {
         self.run(None);
         let owed = self.links.values().any(Link::is_owed);
         self.resting = !owed;
-        owed
+        if owed {
+            Look::Soon
+        } else if self.links.is_empty() {
+            Look::WhenToldTo
+        } else {
+            Look::NowAndThen
+        }
     }
+}
+
+/// When the time is to be looked at again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Look {
+    Soon,
+    NowAndThen,
+    WhenToldTo,
 }

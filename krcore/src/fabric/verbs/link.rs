@@ -72,6 +72,8 @@ pub(super) struct Link {
     pub(super) used: u64,
     /// Pairs that wait for it.
     pub(super) waiting: Vec<usize>,
+    /// When the device was given something while it had nothing, or has completed something.
+    pub(super) moved: Instant,
     /// It will report its next completion.
     pub(super) armed: bool,
     places: HashMap<RKey, Option<Place>>,
@@ -104,6 +106,7 @@ impl Link {
             since: Instant::now(),
             used: 0,
             waiting: Vec::new(),
+            moved: Instant::now(),
             armed: false,
             places: HashMap::new(),
             asked: Vec::new(),
@@ -130,6 +133,11 @@ impl Link {
         !matches!(self.phase, Phase::Ready(_))
             || !self.asked.is_empty()
             || !self.messages.is_empty()
+    }
+
+    /// Something is under way on the device.
+    pub(super) fn is_busy(&self) -> bool {
+        !self.sent.is_empty()
     }
 
     pub(super) fn room(&self) -> usize {
@@ -263,6 +271,9 @@ impl Link {
         let Phase::Ready(connection) = &mut self.phase else {
             return false;
         };
+        if self.sent.len() == work.len() {
+            self.moved = Instant::now();
+        }
         // Before, so that none is missed.
         if !self.armed {
             connection.arm();
@@ -280,6 +291,7 @@ impl Link {
             let mut any = false;
             for done in connection.poll() {
                 any = true;
+                self.moved = Instant::now();
                 match settle(&mut self.sent, &mut self.messages, done, fates) {
                     Outcome::Success => {}
                     // What comes after it is of no interest: all of it is flushed.

@@ -25,7 +25,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use self::device::Device;
 pub(crate) use self::device::Registration;
-use self::engine::Engine;
+use self::engine::{Engine, Look};
 use self::handshake::{FRAME, Frame, Stream};
 use self::port::{Open, Served, VerbsPort};
 use super::{
@@ -40,7 +40,9 @@ use crate::notify::Event;
 /// The most connections that peers may have made to the nodes of one fabric.
 const MOST_SERVED: usize = 1024;
 /// How often the time is looked at while a peer owes an answer.
-const TICK: u8 = 20;
+const SOON: u8 = 20;
+/// How often it is looked at while there are connections.
+const NOW_AND_THEN: u16 = 500;
 /// What the thread waits for, beside streams and listeners.
 const KICK: u64 = 0;
 const CHANNEL: u64 = 1;
@@ -87,6 +89,15 @@ impl Default for VerbsConfig {
             retries: 7,
             answer: Duration::from_secs(1),
         }
+    }
+}
+
+impl VerbsConfig {
+    /// How long an adapter may take to give up: it may wait four times as long as it was told, each
+    /// time (InfiniBand specification, volume 1, section 9.7.6.1.3), and be late.
+    fn device_limit(&self) -> Duration {
+        let times = 4 * (u32::from(self.retries.min(7)) + 1);
+        self.timeout.saturating_mul(2 * times) + Duration::from_secs(1)
     }
 }
 
@@ -395,11 +406,10 @@ impl Round {
     fn run(mut self) {
         let mut events = [EpollEvent::empty(); 64];
         while !self.shared.stopped.load(Ordering::Acquire) {
-            let owed = self.shared.with(Engine::on_time);
-            let limit = if owed {
-                EpollTimeout::from(TICK)
-            } else {
-                EpollTimeout::NONE
+            let limit = match self.shared.with(Engine::on_time) {
+                Look::Soon => EpollTimeout::from(SOON),
+                Look::NowAndThen => EpollTimeout::from(NOW_AND_THEN),
+                Look::WhenToldTo => EpollTimeout::NONE,
             };
             let ready = match self.shared.epoll.wait(&mut events, limit) {
                 Ok(ready) => ready,
