@@ -183,14 +183,14 @@ fn cached_pages(path: &Path) -> usize {
     let file = fs::File::open(path).unwrap();
     let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
     let mut pages = vec![0u8; len.div_ceil(4096)];
-    // SAFETY: a mapping of the file's length, which is not read, and one byte for each page of it.
-    unsafe {
-        let (read, shared) = (libc::PROT_READ, libc::MAP_SHARED);
-        let at = libc::mmap(std::ptr::null_mut(), len, read, shared, file.as_raw_fd(), 0);
-        assert_ne!(at, libc::MAP_FAILED);
-        assert_eq!(libc::mincore(at, len, pages.as_mut_ptr()), 0);
-        libc::munmap(at, len);
-    }
+    let (read, shared) = (libc::PROT_READ, libc::MAP_SHARED);
+    // SAFETY: a new mapping, where the kernel likes.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), len, read, shared, file.as_raw_fd(), 0) };
+    assert_ne!(at, libc::MAP_FAILED);
+    // SAFETY: the mapping has this length, and `pages` one byte for each page of it.
+    assert_eq!(unsafe { libc::mincore(at, len, pages.as_mut_ptr()) }, 0);
+    // SAFETY: nothing refers to the mapping, which has not been read.
+    unsafe { libc::munmap(at, len) };
     pages.iter().filter(|page| **page & 1 == 1).count()
 }
 

@@ -19,6 +19,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use carlsbad_types::ByteSize;
@@ -42,6 +43,9 @@ const BACKEND: &str = "qemu";
 const PROGRAM: &str = "qemu-system-x86_64";
 /// What a guest's memory is called among the mappings of its process.
 const MEMORY_NAME: &str = "rund-qemu";
+/// How long a kernel that is ready is left alone before it is saved. What it had put off (memory
+/// that is freed behind a grace period, work that was delayed) every clone would do again.
+const QUIET: Duration = Duration::from_millis(200);
 /// How long a clone may take to be there.
 const START: Duration = Duration::from_secs(60);
 
@@ -240,6 +244,9 @@ impl Backend for Qemu {
         // A guest that never gets there would be waited for for ever.
         let watchdog = Watchdog::start(machine.pid(), spec.deadline)?;
         let reached = output.map(read_until_ready);
+        if matches!(reached, Some(Ok(()))) {
+            thread::sleep(QUIET);
+        }
         drop(watchdog);
         match reached {
             Some(Ok(())) => {}
