@@ -9,6 +9,7 @@
 mod agent;
 mod clone;
 mod guest;
+mod held;
 mod job;
 mod machine;
 mod private_pages;
@@ -32,6 +33,7 @@ use crate::error::{Error, Result};
 use crate::rootfs::{Format, Image};
 use clone::begin;
 use guest::read_until_ready;
+use held::{Held, Pool};
 use job::Origin;
 use machine::{Machine, Shape, Start, failed};
 use watchdog::Watchdog;
@@ -63,8 +65,8 @@ const START: Duration = Duration::from_secs(60);
 /// write to the image while the template lives. The condensed kernel of `cargo xtask rund-kernel`
 /// has what that needs built in; a distribution's usually has it in modules, which are not loaded.
 ///
-/// Each clone has a thread, `rund-qemu`, which is joined when the clone is
-/// dropped.
+/// Each clone has a thread, `rund-qemu`, which is joined when the clone is dropped; one that was made
+/// ahead ([`Backend::prewarm`]) has it until then, or until the template is dropped.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     program: PathBuf,
@@ -171,6 +173,8 @@ struct Saved {
     shape: Shape,
     memory: OwnedFd,
     state: OwnedFd,
+    /// Clones that were made ahead.
+    held: Pool,
 }
 
 /// What a template is, behind its counted handle: the thread of a clone holds it as well.
@@ -264,6 +268,7 @@ impl Backend for Qemu {
             shape,
             memory,
             state,
+            held: Pool::default(),
         })))))
     }
 
@@ -272,6 +277,19 @@ impl Backend for Qemu {
             path: path.to_owned(),
             why: format!("backend {BACKEND} keeps no templates on disk"),
         })
+    }
+
+    fn prewarm(&self, template: &Template, clones: usize) -> Result<()> {
+        let Some(Kept(saved)) = template.state::<Kept>() else {
+            return Err(Error::ForeignTemplate {
+                built_by: template.backend(),
+                backend: BACKEND,
+            });
+        };
+        while saved.held.len() < clones {
+            saved.held.add(Held::make(saved)?);
+        }
+        Ok(())
     }
 
     fn clone_from(&self, template: &Template, clone: CloneSpec) -> Result<Box<dyn Instance>> {
