@@ -183,14 +183,14 @@ fn cached_pages(path: &Path) -> usize {
     let file = fs::File::open(path).unwrap();
     let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
     let mut pages = vec![0u8; len.div_ceil(4096)];
-    // SAFETY: a mapping of the file's length, which is not read, and one byte for each page of it.
-    unsafe {
-        let (read, shared) = (libc::PROT_READ, libc::MAP_SHARED);
-        let at = libc::mmap(std::ptr::null_mut(), len, read, shared, file.as_raw_fd(), 0);
-        assert_ne!(at, libc::MAP_FAILED);
-        assert_eq!(libc::mincore(at, len, pages.as_mut_ptr()), 0);
-        libc::munmap(at, len);
-    }
+    let (read, shared) = (libc::PROT_READ, libc::MAP_SHARED);
+    // SAFETY: a new mapping, where the kernel likes.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), len, read, shared, file.as_raw_fd(), 0) };
+    assert_ne!(at, libc::MAP_FAILED);
+    // SAFETY: the mapping has this length, and `pages` one byte for each page of it.
+    assert_eq!(unsafe { libc::mincore(at, len, pages.as_mut_ptr()) }, 0);
+    // SAFETY: nothing refers to the mapping, which has not been read.
+    unsafe { libc::munmap(at, len) };
     pages.iter().filter(|page| **page & 1 == 1).count()
 }
 
@@ -320,4 +320,61 @@ fn no_page_of_a_kernels_text_is_a_clones_own_because_it_was_saved_after_patching
     let (own, all) = symbols.private_text(early.child.id(), memory.to_str().unwrap());
     println!("saved before patching: {own} of {all} pages of text are the clone's own");
     assert!(own > 0);
+}
+
+#[test]
+fn a_clone_that_was_made_ahead_waits_for_its_order() {
+    carlsbad_kit::require!(
+        Capability::Qemu,
+        Capability::GuestKernel,
+        Capability::Busybox
+    );
+    let dir = scratch::on_disk().unwrap();
+    let spec = spec(dir.path(), guest_kernel().unwrap());
+    let guard = LeakGuard::beneath(dir.path());
+    let qemu = Qemu::new();
+    let template = qemu.build_template(&spec).unwrap();
+    // Only those stand still and read a state: other tests have machines as well.
+    let waiting = || {
+        let is_one = |pid: i32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            words.contains(&&b"-S"[..])
+                && words.contains(&&b"-incoming"[..])
+                && status.contains(&format!("PPid:\t{}\n", std::process::id()))
+        };
+        let all = fs::read_dir("/proc").unwrap();
+        all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|pid| is_one(*pid))
+            .collect::<HashSet<i32>>()
+    };
+    qemu.prewarm(&template, 3).unwrap();
+    qemu.prewarm(&template, 2).unwrap();
+    let held = waiting();
+    assert_eq!(held.len(), 3);
+
+    // Two that waited, of which one is gone; each has a name, and random numbers, of its own.
+    let pid = rustix::process::Pid::from_raw(*held.iter().next().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let mut said = HashSet::new();
+    let mut waited = 0;
+    for n in 0..4 {
+        let clone = shell("hostname; head -c 16 /dev/urandom | xxd -p").id(format!("guest-{n}"));
+        let clone = qemu.clone_from(&template, clone).unwrap();
+        let pid = i32::try_from(clone.pid().unwrap()).unwrap();
+        waited += u32::from(held.contains(&pid));
+        let exit = clone.wait(PATIENCE).unwrap();
+        assert_eq!(exit.status, Status::Code(0));
+        let text = String::from_utf8_lossy(&exit.stdout).into_owned();
+        assert!(text.starts_with(&format!("guest-{n}\n")), "{text}");
+        said.extend(text.lines().map(str::to_owned));
+    }
+    assert_eq!((waited, said.len()), (2, 8));
+
+    // Those that nobody wanted go with the template.
+    qemu.prewarm(&template, 2).unwrap();
+    drop(template);
+    assert!(waiting().is_empty());
+    guard.check();
 }

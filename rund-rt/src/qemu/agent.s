@@ -6,6 +6,7 @@
 # made its pointers (`agent.rs` has the same offsets).
 
     .set RUND_BLOCK, 0x10000000
+    .set USUAL, 65536               # room that is there before the snapshot
     .set HOST_NAME, 0               # address, length
     .set NOW, 16                    # struct timespec
     .set ENTROPY, 32                # struct rand_pool_info of 32 bytes
@@ -71,6 +72,8 @@ rund_rt_agent_start:
     js .Lrund_fail
     mov r13d, eax
 
+    mov esi, USUAL
+    call .Lrund_map
     mov edi, 1
     lea rsi, [rip + .Lrund_ready]
     mov edx, 11
@@ -79,15 +82,11 @@ rund_rt_agent_start:
     mov edx, 8
     call .Lrund_read
     mov rbx, [rsp]
-    mov rdi, r15
+    cmp rbx, USUAL
+    jbe .Lrund_room
     mov rsi, rbx
-    mov edx, 3                      # PROT_READ | PROT_WRITE
-    mov r10d, 0x32                  # MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
-    mov r8, -1
-    xor r9d, r9d
-    rund_call 9                     # mmap
-    cmp rax, r15
-    jne .Lrund_fail
+    call .Lrund_map
+.Lrund_room:
     mov rsi, r15
     mov rdx, rbx
     call .Lrund_read
@@ -225,6 +224,18 @@ rund_rt_agent_start:
 .Lrund_not_started:
     mov edi, ebx
     rund_call 231                   # exit_group
+
+# Room for rsi bytes at the block, all of it there at once.
+.Lrund_map:
+    mov rdi, r15
+    mov edx, 3                      # PROT_READ | PROT_WRITE
+    mov r10d, 0x8032                # MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_POPULATE
+    mov r8, -1
+    xor r9d, r9d
+    rund_call 9                     # mmap
+    cmp rax, r15
+    jne .Lrund_fail
+    ret
 
 # rdx bytes of standard input to rsi.
 .Lrund_read:

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use carlsbad_types::ByteSize;
@@ -14,7 +14,7 @@ use super::guest::end_mark;
 use super::job::{Begun, Job, Origin, Shared};
 use super::machine::{Monitor, failed};
 use super::watchdog::Handle;
-use super::{BACKEND, START, isolation, private_pages};
+use super::{BACKEND, START, held, isolation, private_pages};
 use crate::backend::{
     CloneSpec, Exit, Instance, Kill, KillHandle, Output, Stats, Stdin, TemplateSpec,
 };
@@ -89,10 +89,10 @@ pub(super) fn begin(
         run_time: clone.limits.run_time,
         shared: Arc::clone(&shared),
     };
-    let thread = thread::Builder::new()
-        .name("rund-qemu".to_owned())
-        .spawn(move || job.run(&says))
-        .map_err(failed("start its thread"))?;
+    let thread = match &job.origin {
+        Origin::Template(saved) => Arc::clone(saved).held.start(job, says),
+        Origin::Cold { .. } => held::start(job, says),
+    }?;
     let (pid, monitor) = hear(&begun)?;
     let stats = Stats {
         backend: BACKEND.to_owned(),

@@ -55,8 +55,26 @@ pub(super) struct Job {
 }
 
 impl Job {
-    pub(super) fn run(mut self, says: &Sender<Begun>) {
-        let end = match self.begin() {
+    pub(super) fn run(self, says: &Sender<Begun>) {
+        let begun = self.begin();
+        self.finish(begun, says);
+    }
+
+    /// The same with a machine that was held; where that is gone, with a new one.
+    pub(super) fn run_in(self, mut machine: Machine, says: &Sender<Begun>) {
+        let begun = match machine.resume().and_then(|()| machine.monitor()) {
+            Ok(monitor) => Ok((machine, monitor)),
+            Err(why) => {
+                tracing::warn!(%why, "a machine that was made ahead is of no use");
+                drop(machine);
+                self.begin()
+            }
+        };
+        self.finish(begun, says);
+    }
+
+    fn finish(mut self, begun: Result<(Machine, Monitor)>, says: &Sender<Begun>) {
+        let end = match begun {
             Ok((machine, monitor)) => {
                 let _nobody_waits = says.send(Ok((machine.pid(), monitor)));
                 self.see_through(machine).map_err(|why| why.to_string())
@@ -76,7 +94,8 @@ impl Job {
         let (shape, memory, start) = match &self.origin {
             Origin::Template(saved) => {
                 let state = &saved.state;
-                (&saved.shape, &saved.memory, Start::From { state })
+                let start = Start::From { state, held: false };
+                (&saved.shape, &saved.memory, start)
             }
             Origin::Cold { shape, memory } => (shape, memory, Start::Boot),
         };

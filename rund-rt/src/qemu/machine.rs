@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use carlsbad_types::ByteSize;
@@ -49,8 +50,8 @@ pub(super) enum Start<'a> {
     /// It boots, and writes to the memory file.
     Boot,
     /// It goes on from a state that another machine of this shape wrote, with pages of its own over
-    /// the memory file.
-    From { state: &'a OwnedFd },
+    /// the memory file. One that is held stands still until it is [resumed](Machine::resume).
+    From { state: &'a OwnedFd, held: bool },
 }
 
 impl Shape {
@@ -131,7 +132,7 @@ impl Machine {
         let state = match start {
             Start::Boot => None,
             // One file for each, since each reads from where it is in it.
-            Start::From { state } => {
+            Start::From { state, .. } => {
                 let flags = OFlags::RDONLY | OFlags::CLOEXEC;
                 let state = rustix::fs::open(path_of(state), flags, Mode::empty());
                 Some(state.map_err(failed("open its state"))?)
@@ -147,9 +148,13 @@ impl Machine {
         ];
         // SAFETY: between fork and exec it makes a few system calls, which are async-signal-safe.
         unsafe { command.pre_exec(move || prepare(&inherited)) };
+        let held = matches!(start, Start::From { held: true, .. });
+        if held {
+            command.arg("-S");
+        }
         let mut child = command.spawn().map_err(failed("start"))?;
         drop(theirs);
-        let monitor = match Monitor::begin(ours, state.as_ref(), deadline) {
+        let monitor = match Monitor::begin(ours, state.as_ref(), held, deadline) {
             Ok(monitor) => monitor,
             Err(why) => {
                 let _gone = child.kill();
@@ -167,6 +172,11 @@ impl Machine {
 
     pub(super) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Lets one go that was held.
+    pub(super) fn resume(&mut self) -> Result<()> {
+        self.monitor.run("cont", &json!({})).map(|_| ())
     }
 
     /// A second way to its monitor, for another thread.
@@ -195,7 +205,7 @@ impl Machine {
                 _ if Instant::now() > deadline => {
                     return Err(failed("move its state")("it takes too long"));
                 }
-                _ => std::thread::sleep(Duration::from_millis(1)),
+                _ => thread::sleep(Duration::from_millis(1)),
             }
         }
     }
@@ -251,9 +261,14 @@ pub(super) struct Monitor {
 const ANSWER: Duration = Duration::from_secs(30);
 
 impl Monitor {
-    /// Waits until the machine behind this socket runs; before that it reads the state that it
-    /// has inherited.
-    fn begin(mut stream: UnixStream, state: Option<&OwnedFd>, deadline: Instant) -> Result<Self> {
+    /// Waits until the machine behind this socket runs, or could if it is held; before that it reads
+    /// the state that it has inherited.
+    fn begin(
+        mut stream: UnixStream,
+        state: Option<&OwnedFd>,
+        held: bool,
+        deadline: Instant,
+    ) -> Result<Self> {
         // Memory is in a file that both sides map: it is not sent.
         let ignore = json!([{"capability": "x-ignore-shared", "state": true}]);
         let mut asked = vec![
@@ -279,8 +294,22 @@ impl Monitor {
         };
         loop {
             let said = monitor.hear()?;
-            if said["return"]["running"] == true || said["event"] == "RESUME" {
+            let now = &said["return"];
+            if now["running"] == true || said["event"] == "RESUME" {
                 break;
+            }
+            if held && now["status"] == "paused" {
+                break;
+            }
+            if held && now.get("status").is_some() {
+                // No event tells that it could run now. Nobody waits for it yet.
+                thread::sleep(Duration::from_millis(1));
+                let asked = json!({"execute": "query-status"}).to_string();
+                let written = monitor.lines.get_mut().write_all(asked.as_bytes());
+                written.map_err(failed("speak to it"))?;
+                if Instant::now() > deadline {
+                    return Err(failed("move its state")("it takes too long"));
+                }
             }
             if let Some(error) = said.get("error") {
                 return Err(failed("start")(&error["desc"]));

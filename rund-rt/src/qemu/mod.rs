@@ -9,6 +9,7 @@
 mod agent;
 mod clone;
 mod guest;
+mod held;
 mod job;
 mod machine;
 mod private_pages;
@@ -19,6 +20,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use carlsbad_types::ByteSize;
@@ -31,6 +33,7 @@ use crate::error::{Error, Result};
 use crate::rootfs::{Format, Image};
 use clone::begin;
 use guest::read_until_ready;
+use held::{Held, Pool};
 use job::Origin;
 use machine::{Machine, Shape, Start, failed};
 use watchdog::Watchdog;
@@ -42,6 +45,9 @@ const BACKEND: &str = "qemu";
 const PROGRAM: &str = "qemu-system-x86_64";
 /// What a guest's memory is called among the mappings of its process.
 const MEMORY_NAME: &str = "rund-qemu";
+/// How long a kernel that is ready is left alone before it is saved. What it had put off (memory
+/// that is freed behind a grace period, work that was delayed) every clone would do again.
+const QUIET: Duration = Duration::from_millis(200);
 /// How long a clone may take to be there.
 const START: Duration = Duration::from_secs(60);
 
@@ -59,8 +65,8 @@ const START: Duration = Duration::from_secs(60);
 /// write to the image while the template lives. The condensed kernel of `cargo xtask rund-kernel`
 /// has what that needs built in; a distribution's usually has it in modules, which are not loaded.
 ///
-/// Each clone has a thread, `rund-qemu`, which is joined when the clone is
-/// dropped.
+/// Each clone has a thread, `rund-qemu`, which is joined when the clone is dropped; one that was made
+/// ahead ([`Backend::prewarm`]) has it until then, or until the template is dropped.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     program: PathBuf,
@@ -167,6 +173,8 @@ struct Saved {
     shape: Shape,
     memory: OwnedFd,
     state: OwnedFd,
+    /// Clones that were made ahead.
+    held: Pool,
 }
 
 /// What a template is, behind its counted handle: the thread of a clone holds it as well.
@@ -240,6 +248,9 @@ impl Backend for Qemu {
         // A guest that never gets there would be waited for for ever.
         let watchdog = Watchdog::start(machine.pid(), spec.deadline)?;
         let reached = output.map(read_until_ready);
+        if matches!(reached, Some(Ok(()))) {
+            thread::sleep(QUIET);
+        }
         drop(watchdog);
         match reached {
             Some(Ok(())) => {}
@@ -257,6 +268,7 @@ impl Backend for Qemu {
             shape,
             memory,
             state,
+            held: Pool::default(),
         })))))
     }
 
@@ -265,6 +277,19 @@ impl Backend for Qemu {
             path: path.to_owned(),
             why: format!("backend {BACKEND} keeps no templates on disk"),
         })
+    }
+
+    fn prewarm(&self, template: &Template, clones: usize) -> Result<()> {
+        let Some(Kept(saved)) = template.state::<Kept>() else {
+            return Err(Error::ForeignTemplate {
+                built_by: template.backend(),
+                backend: BACKEND,
+            });
+        };
+        while saved.held.len() < clones {
+            saved.held.add(Held::make(saved)?);
+        }
+        Ok(())
     }
 
     fn clone_from(&self, template: &Template, clone: CloneSpec) -> Result<Box<dyn Instance>> {

@@ -18,10 +18,10 @@ const PAGE: u64 = 4096;
 const TEXT_MAPPING: u64 = 0xffff_ffff_8000_0000;
 
 /// A kernel's symbols.
-pub struct Symbols(HashMap<String, u64>);
+pub(crate) struct Symbols(HashMap<String, u64>);
 
 impl Symbols {
-    pub fn beside(kernel: &Path) -> Self {
+    pub(crate) fn beside(kernel: &Path) -> Self {
         let text = fs::read_to_string(kernel.with_file_name("System.map")).unwrap();
         let symbols = text.lines().map(|line| {
             let words: Vec<_> = line.split(' ').collect();
@@ -33,13 +33,13 @@ impl Symbols {
         Self(symbols.collect())
     }
 
-    pub fn get(&self, name: &str) -> u64 {
+    pub(crate) fn get(&self, name: &str) -> u64 {
         self.0[name]
     }
 
     /// Pages of the kernel's text that a process has of its own, and how many there are. `memory` is
     /// what the guest's memory is called among its mappings.
-    pub fn private_text(&self, pid: u32, memory: &str) -> (usize, usize) {
+    pub(crate) fn private_text(&self, pid: u32, memory: &str) -> (usize, usize) {
         let physical = |name| self.get(name) - TEXT_MAPPING;
         let (first, end) = (physical("_text") / PAGE, physical("_etext").div_ceil(PAGE));
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
@@ -60,8 +60,8 @@ impl Symbols {
 }
 
 /// A QEMU with a monitor and a debugger's socket.
-pub struct Machine {
-    pub child: Child,
+pub(crate) struct Machine {
+    pub(crate) child: Child,
     monitor: BufReader<UnixStream>,
     dir: PathBuf,
 }
@@ -166,13 +166,14 @@ impl Machine {
 
     /// Boots a kernel to the instruction at `address`, saves the machine there, and has a clone of
     /// it go on until its init is ready.
-    pub fn cloned_at(dir: &Path, kernel: &Path, initramfs: &Path, address: u64) -> Self {
+    pub(crate) fn cloned_at(dir: &Path, kernel: &Path, initramfs: &Path, address: u64) -> Self {
         let mut early = Self::start(dir, Some((kernel, initramfs)));
         let mut debugger = connect(&dir.join("boots-gdb"));
         debug(&mut debugger, &format!("Z1,{address:x},1"), "OK");
         debug(&mut debugger, "c", "T05");
         early.move_state("migrate", ">");
         drop(early);
+        say_it_had_paused(&dir.join("state"));
         let mut clone = Self::start(dir, None);
         clone.move_state("migrate-incoming", "<");
         clone.ask("cont", &json!({}));
@@ -186,6 +187,19 @@ impl Machine {
         clone.child.stdout = Some(output);
         clone
     }
+}
+
+/// A machine that a debugger had stopped is not allowed to go on elsewhere: changes what its state
+/// says of that (a length, and a name in a field of 100 bytes).
+fn say_it_had_paused(state: &Path) {
+    let (debug, paused) = (b"\0\0\0\x06debug\0\0", b"\0\0\0\x07paused\0");
+    let mut bytes = fs::read(state).unwrap();
+    let places: Vec<_> = (0..bytes.len() - debug.len())
+        .filter(|at| bytes[*at..].starts_with(debug))
+        .collect();
+    assert_eq!(places.len(), 1);
+    bytes[places[0]..][..paused.len()].copy_from_slice(paused);
+    fs::write(state, bytes).unwrap();
 }
 
 /// Asks a debugger's stub (GDB remote serial protocol) until it answers `wanted`.

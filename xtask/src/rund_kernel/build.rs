@@ -32,6 +32,11 @@ const HEADERS: [(&str, &str); 2] = [
     ("libelf.h", "libelf-dev"),
     ("openssl/opensslv.h", "libssl-dev"),
 ];
+/// What folders are called in which kernels are made.
+const SOURCES: &str = ".build-";
+const DONE: &str = ".done-";
+/// How old one of them is whose build is no more.
+const ABANDONED: Duration = Duration::from_secs(24 * 3600);
 /// How often progress is said.
 const OFTEN: Duration = Duration::from_secs(10);
 /// How much of a failed build is shown.
@@ -90,8 +95,9 @@ impl Kernel {
         let place = condensed_kernel_dir();
         let package = fetch(&cache_dir().join("vm"), &[], &[SOURCE])
             .context("the kernel's source comes from the distribution: apt-get update")?;
+        sweep(&place)?;
         let scratch = tempfile::Builder::new()
-            .prefix(".build-")
+            .prefix(SOURCES)
             .tempdir_in(&place)?;
         let root = scratch.path();
         shell::run(
@@ -115,9 +121,7 @@ impl Kernel {
         );
         compile(root, jobs)?;
         // It appears when it is complete.
-        let done = tempfile::Builder::new()
-            .prefix(".done-")
-            .tempdir_in(&place)?;
+        let done = tempfile::Builder::new().prefix(DONE).tempdir_in(&place)?;
         let into = done.path();
         shell::output(
             Command::new("strip")
@@ -134,6 +138,19 @@ impl Kernel {
         fs::rename(&whole, &self.folder)
             .with_context(|| format!("cannot make {}", self.folder.display()))
     }
+}
+
+/// Removes what builds have left that were killed.
+fn sweep(place: &Path) -> Result<()> {
+    for entry in fs::read_dir(place)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let age = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
+        if [SOURCES, DONE].iter().any(|kind| name.starts_with(kind)) && age > ABANDONED {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// The packages that are not installed.
