@@ -12,13 +12,14 @@ use rund_rt::{CloneSpec, Instance, KillHandle, TemplateSpec};
 
 use crate::stdio::{Carrier, Names};
 
-/// A container: a bundle, a root of its own, and its processes by exec id; the first has none.
+/// A container: a bundle, where needed a root of its own, and its processes by exec id; the first has none.
 #[derive(Debug)]
 pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) bundle: Bundle,
     pub(crate) backend: &'static str,
-    pub(crate) root: Rootfs,
+    /// None where the backend joins the layers itself, or the bundle's root is read-only.
+    pub(crate) root: Option<Rootfs>,
     pub(crate) processes: Mutex<HashMap<String, Arc<Process>>>,
 }
 
