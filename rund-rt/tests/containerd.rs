@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -34,14 +34,16 @@ fn image(dir: &Path) -> PathBuf {
         header.set_size(size);
         header
     };
-    for name in ["bin", "proc", "dev", "tmp"] {
+    for name in ["bin", "usr", "proc", "dev", "tmp"] {
         let mut header = header(tar::EntryType::Directory, 0);
         tar.append_data(&mut header, name, &[][..]).unwrap();
     }
     let program = fs::read(BUSYBOX).unwrap();
-    let mut file = header(tar::EntryType::Regular, program.len() as u64);
-    tar.append_data(&mut file, "bin/busybox", &program[..])
-        .unwrap();
+    // One program at two places.
+    for name in ["bin/busybox", "usr/busybox"] {
+        let mut file = header(tar::EntryType::Regular, program.len() as u64);
+        tar.append_data(&mut file, name, &program[..]).unwrap();
+    }
     for name in ["sh", "cat", "sleep", "echo"] {
         let mut link = header(tar::EntryType::Symlink, 0);
         tar.append_link(&mut link, format!("bin/{name}"), "/bin/busybox")
@@ -174,6 +176,16 @@ impl Containerd {
 
     /// `ctr run` of a shell script by a backend, or by runc.
     fn run(&self, options: &[&str], backend: Option<&str>, id: &str, script: &str) -> Command {
+        self.run_program(options, backend, id, &["/bin/sh", "-c", script])
+    }
+
+    fn run_program(
+        &self,
+        options: &[&str],
+        backend: Option<&str>,
+        id: &str,
+        program: &[&str],
+    ) -> Command {
         let annotation = format!("io.containerd.rund.backend={}", backend.unwrap_or_default());
         let mut arguments = vec!["run"];
         arguments.extend(options);
@@ -185,7 +197,8 @@ impl Containerd {
                 &annotation,
             ]);
         }
-        arguments.extend([IMAGE, id, "/bin/sh", "-c", script]);
+        arguments.extend([IMAGE, id]);
+        arguments.extend(program);
         self.command(&arguments)
     }
 
@@ -196,6 +209,23 @@ impl Containerd {
             .join("state/io.containerd.runtime.v2.task/default");
         let text = fs::read_to_string(tasks.join(id).join("rund.json")).unwrap();
         serde_json::from_str(&text).unwrap()
+    }
+
+    /// The process that `ctr` says a container is.
+    #[track_caller]
+    fn pid(&self, id: &str) -> u32 {
+        let list = self.good(&["task", "ls"]);
+        let line = list.lines().find(|line| line.starts_with(id)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    /// Ends a container and removes it.
+    #[track_caller]
+    fn end(&self, id: &str) {
+        self.good(&["task", "kill", "-s", "SIGKILL", id]);
+        self.wait_for(id, "STOPPED");
+        self.ctr(&["task", "delete", id]);
+        self.good(&["container", "rm", id]);
     }
 
     #[track_caller]
@@ -349,4 +379,290 @@ fn a_container_is_stopped_resumed_entered_killed_and_deleted() {
         0,
         "{mounts}"
     );
+}
+
+/// A process and all that it has started.
+fn family(pid: u32) -> Vec<u32> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let children = fs::read_to_string(path).unwrap_or_default();
+    let below = children
+        .split_whitespace()
+        .flat_map(|child| family(child.parse().unwrap()));
+    std::iter::once(pid).chain(below).collect()
+}
+
+/// The control group of a process by one of its controllers, below the mounts.
+fn group(pid: u32, controller: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let lines = text.lines().map(|line| line.splitn(3, ':').skip(1));
+    let mut groups = lines.map(|mut line| (line.next().unwrap(), line.next().unwrap()));
+    let of = |name: &str| name.split(',').any(|one| one == controller);
+    let group = groups.clone().find(|(name, _)| of(name));
+    let group = group.or_else(|| groups.find(|(name, _)| name.is_empty()));
+    group.unwrap().1.to_owned()
+}
+
+#[test]
+fn limits_are_met_and_hold_for_all_that_a_container_starts() {
+    carlsbad_kit::require!(
+        Capability::Root,
+        Capability::ControlGroups,
+        Capability::Containerd
+    );
+    let containerd = Containerd::start();
+    for backend in backends() {
+        // A block of that size is memory of the program's.
+        let script = "/bin/busybox dd if=/dev/zero of=/dev/null bs=40M count=1 2>/dev/null";
+        for (id, memory, code) in [("enough", "134217728", 0), ("little", "25165824", 137)] {
+            let id = &format!("{backend}-{id}");
+            let options = [
+                "--rm",
+                "--memory-limit",
+                memory,
+                "--cpu-quota",
+                "50000",
+                "--cpu-period",
+                "100000",
+            ];
+            let done = containerd.run(&options, Some(backend), id, script).output();
+            let done = done.unwrap();
+            assert_eq!(
+                done.status.code(),
+                Some(code),
+                "{id}: {done:?} {}",
+                containerd.log()
+            );
+
+            // What is started in it later has its limits too.
+            let options = ["-d", "--memory-limit", memory];
+            let mut command = containerd.run(&options, Some(backend), id, "/bin/sleep 100");
+            command.output().unwrap();
+            let enter = [
+                "task",
+                "exec",
+                "--exec-id",
+                "e",
+                id,
+                "/bin/sh",
+                "-c",
+                script,
+            ];
+            let done = containerd.ctr(&enter);
+            assert_eq!(done.status.code(), Some(code), "{id}: {done:?}");
+            containerd.end(id);
+        }
+
+        // It forks at once, and so does what it has forked.
+        let id = &format!("{backend}-forks");
+        let pair = "(/bin/sleep 100 & /bin/sleep 100 & wait)";
+        let script = &format!("{pair} & {pair} & wait");
+        let options = ["-d", "--memory-limit", "67108864"];
+        let began = Instant::now();
+        containerd
+            .run(&options, Some(backend), id, script)
+            .output()
+            .unwrap();
+        let pid = containerd.pid(id);
+        let start = Instant::now();
+        let family = loop {
+            let family = family(pid);
+            if family.len() >= 7 {
+                break family;
+            }
+            assert!(start.elapsed() < PATIENCE, "{id}: {family:?}");
+            thread::sleep(Duration::from_millis(20));
+        };
+        for controller in ["memory", "pids", "cpu", "freezer"] {
+            let expected = group(pid, controller);
+            assert!(expected.contains("/rund-rt/shim."), "{id}: {expected}");
+            for &member in &family {
+                assert_eq!(group(member, controller), expected, "{id}: {controller}");
+            }
+        }
+        let text = containerd.good(&["task", "metrics", id]);
+        let metric = |name: &str| -> u64 {
+            let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        assert_eq!(metric("memory.limit_in_bytes"), 67_108_864, "{id}: {text}");
+        assert!(metric("memory.usage_in_bytes") > 0, "{id}: {text}");
+        assert!(metric("pids.current") >= 7, "{id}: {text}");
+        // More than a microsecond, less than all processors since the beginning.
+        let used = Duration::from_nanos(metric("cpuacct.usage "));
+        let most = began.elapsed() * thread::available_parallelism().unwrap().get() as u32;
+        assert!(
+            used > Duration::from_micros(1) && used < most,
+            "{id}: {text}"
+        );
+        containerd.end(id);
+    }
+}
+
+#[test]
+fn what_is_asked_for_and_not_done_is_refused() {
+    carlsbad_kit::require!(
+        Capability::Root,
+        Capability::ControlGroups,
+        Capability::Containerd
+    );
+    let containerd = Containerd::start();
+    let tmpfs = "type=tmpfs,src=tmpfs,dst=/data,options=size=4k";
+    let cases: [(&[&str], &str); 6] = [
+        (&["--mount", tmpfs], "a tmpfs mount at /data"),
+        (&["--device", "/dev/null"], "the device /dev/null"),
+        (&["--privileged"], "the device"),
+        (
+            &["--cap-add", "CAP_SYS_ADMIN"],
+            "the capability CAP_SYS_ADMIN",
+        ),
+        (&["--cpu-shares", "512"], "512 shares"),
+        (&["--seccomp"], "linux.seccomp"),
+    ];
+    for backend in backends() {
+        for (n, (options, why)) in cases.into_iter().enumerate() {
+            let options = [&["--rm"], options].concat();
+            let id = format!("{backend}-{n}");
+            let mut command = containerd.run(&options, Some(backend), &id, "echo ran");
+            let done = command.output().unwrap();
+            let said = String::from_utf8_lossy(&done.stderr);
+            assert!(!done.status.success(), "{options:?}: {done:?}");
+            assert!(done.stdout.is_empty(), "{options:?}: {done:?}");
+            assert!(said.contains(why), "{options:?}: {said}");
+        }
+    }
+}
+
+#[test]
+fn a_read_only_root_is_one_or_is_refused() {
+    carlsbad_kit::require!(
+        Capability::Root,
+        Capability::ControlGroups,
+        Capability::Containerd
+    );
+    let containerd = Containerd::start();
+    let script = "echo x > /usr/f; echo $?; echo x >> /bin/busybox; echo $?; cat /usr/f";
+    let run = |backend: Option<&str>, id: &str| {
+        let mut command = containerd.run(&["--rm", "--read-only"], backend, id, script);
+        let done = command.output().unwrap();
+        (done.status.code(), done.stdout, done.stderr)
+    };
+    let expected = run(None, &format!("runc-ro-{}", std::process::id()));
+    assert!(
+        String::from_utf8_lossy(&expected.2).contains("Read-only file system"),
+        "{expected:?}"
+    );
+    assert_eq!(
+        run(Some("process"), "process-ro"),
+        expected,
+        "{}",
+        containerd.log()
+    );
+    if Capability::Kvm.is_present() {
+        let (code, stdout, stderr) = run(Some("kvm-elf"), "kvm-elf-ro");
+        assert_eq!((code, stdout), (Some(1), Vec::new()));
+        let said = String::from_utf8_lossy(&stderr);
+        assert!(said.contains("read-only root"), "{said}");
+    }
+}
+
+#[test]
+fn a_paused_container_is_not_entered_and_only_signals_are_sent() {
+    carlsbad_kit::require!(
+        Capability::Root,
+        Capability::ControlGroups,
+        Capability::Containerd
+    );
+    let containerd = Containerd::start();
+    for backend in backends() {
+        let script = "while :; do /bin/sleep 0.05; done";
+        let done = containerd
+            .run(&["-d"], Some(backend), backend, script)
+            .output();
+        let done = done.unwrap();
+        assert!(done.status.success(), "{done:?} {}", containerd.log());
+        let enter = |name: &str| {
+            let enter = ["task", "exec", "--exec-id", name, backend];
+            containerd.ctr(&[&enter[..], &["/bin/echo", "entered"]].concat())
+        };
+        containerd.good(&["task", "pause", backend]);
+        let entered = enter("e1");
+        assert!(!entered.status.success(), "{entered:?}");
+        assert!(entered.stdout.is_empty(), "{entered:?}");
+        let said = String::from_utf8_lossy(&entered.stderr).into_owned();
+        assert!(said.contains("paused"), "{said}");
+        containerd.good(&["task", "resume", backend]);
+        assert_eq!(enter("e2").stdout, b"entered\n");
+
+        for number in ["65", "99", "4294967295"] {
+            let killed = containerd.ctr(&["task", "kill", "-s", number, backend]);
+            assert!(!killed.status.success(), "{number}: {killed:?}");
+        }
+        // A terminal that changes its size ends nobody.
+        containerd.good(&["task", "kill", "-s", "SIGWINCH", backend]);
+        thread::sleep(Duration::from_millis(200));
+        containerd.wait_for(backend, "RUNNING");
+        containerd.end(backend);
+    }
+}
+
+#[test]
+fn a_program_finds_itself_where_its_own_container_has_it() {
+    carlsbad_kit::require!(
+        Capability::Root,
+        Capability::ControlGroups,
+        Capability::Containerd,
+        Capability::Kvm
+    );
+    let containerd = Containerd::start();
+    // The same bytes at two places; the third time from a template.
+    for (n, program) in ["/bin/busybox", "/usr/busybox", "/bin/busybox"]
+        .into_iter()
+        .enumerate()
+    {
+        for backend in [None, Some("kvm-elf")] {
+            let name = backend.unwrap_or("runc");
+            let id = format!("{name}-{n}-{}", std::process::id());
+            let asks = [program, "readlink", "/proc/self/exe"];
+            let mut command = containerd.run_program(&["--rm"], backend, &id, &asks);
+            let done = command.output().unwrap();
+            let said = String::from_utf8_lossy(&done.stdout);
+            assert_eq!(said.trim_end(), program, "{id}: {done:?}");
+        }
+    }
+}
+
+#[test]
+fn a_detached_container_goes_on_though_nobody_reads_it_and_takes_all_with_it_at_its_end() {
+    carlsbad_kit::require!(
+        Capability::Root,
+        Capability::ControlGroups,
+        Capability::Containerd
+    );
+    let containerd = Containerd::start();
+    for backend in backends() {
+        let script = "while :; do echo x; /bin/sleep 0.05; done";
+        // The reader of its output ends with this.
+        containerd
+            .run(&["-d"], Some(backend), backend, script)
+            .output()
+            .unwrap();
+        let mut entered = containerd
+            .command(&["task", "exec", "--exec-id", "e", backend])
+            .args(["/bin/sh", "-c", "echo entered; /bin/sleep 100"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0; 8];
+        let mut output = entered.stdout.take().unwrap();
+        output.read_exact(&mut line).unwrap();
+        assert_eq!(&line, b"entered\n");
+        thread::sleep(Duration::from_millis(500));
+        containerd.wait_for(backend, "RUNNING");
+
+        containerd.good(&["task", "kill", "-s", "SIGTERM", backend]);
+        containerd.wait_for(backend, "STOPPED");
+        assert_eq!(entered.wait().unwrap().code(), Some(137), "{backend}");
+        containerd.ctr(&["task", "delete", backend]);
+        containerd.good(&["container", "rm", backend]);
+    }
 }

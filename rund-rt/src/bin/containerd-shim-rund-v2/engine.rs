@@ -2,18 +2,19 @@
 //! systems.
 
 use std::collections::HashMap;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use carlsbad_types::ByteSize;
-use rund_rt::cgroup::{CgroupLease, CgroupPool, Hierarchy, PoolConfig};
+use rund_rt::cgroup::{CgroupPool, Hierarchy, PoolConfig};
 use rund_rt::rootfs::{Image, Rootfs, RootfsConfig, RootfsStore};
-use rund_rt::{
-    Backend, CloneSpec, Instance, Isolation, Limits, ProcessBackend, Template, TemplateSpec,
-};
+use rund_rt::{Backend, CloneSpec, Instance, Isolation, ProcessBackend, Template, TemplateSpec};
 use serde::Serialize;
 
+/// The default backend.
+pub(crate) const KVM_ELF: &str = "kvm-elf";
 /// The variable of containerd's environment that chooses the backend.
 const BACKEND_VARIABLE: &str = "RUND_SHIM_BACKEND";
 /// The annotation that chooses it for one container.
@@ -38,19 +39,18 @@ pub(crate) struct InForce {
 #[derive(Debug)]
 pub(crate) struct Engine {
     store: RootfsStore,
-    pool: Arc<CgroupPool>,
     process: ProcessBackend,
-    /// Programs that were prepared, by backend and content.
+    #[cfg(target_arch = "x86_64")]
+    kvm: rund_rt::KvmElf,
+    /// Programs that were prepared, by [`key`].
     known: Mutex<HashMap<String, Template>>,
     templates: PathBuf,
 }
 
-/// A sandbox with all that goes away with it.
+/// A sandbox, and what it was given.
 #[derive(Debug)]
 pub(crate) struct Started {
-    // In this order: the group goes when the sandbox is gone.
     pub(crate) instance: Box<dyn Instance>,
-    pub(crate) lease: Option<CgroupLease>,
     pub(crate) in_force: InForce,
 }
 
@@ -66,7 +66,10 @@ impl Engine {
         Ok(Self {
             store,
             process: ProcessBackend::new().cgroups(Arc::clone(&pool)),
-            pool,
+            // It puts a monitor into its group before that has a guest, so that all that a guest
+            // forks is in it too.
+            #[cfg(target_arch = "x86_64")]
+            kvm: rund_rt::KvmElf::new().cgroups(pool),
             known: Mutex::default(),
             templates: templates.map_or_else(|| TEMPLATES.into(), PathBuf::from),
         })
@@ -76,9 +79,9 @@ impl Engine {
     /// Never another one than was asked for.
     pub(crate) fn backend(&self, annotation: Option<&str>) -> Result<&'static str> {
         let setting = std::env::var(BACKEND_VARIABLE).ok();
-        match annotation.or(setting.as_deref()).unwrap_or("kvm-elf") {
+        match annotation.or(setting.as_deref()).unwrap_or(KVM_ELF) {
             "process" => Ok("process"),
-            "kvm-elf" => Ok("kvm-elf"),
+            KVM_ELF => Ok(KVM_ELF),
             other => bail!("no backend is called `{other}`: `kvm-elf` or `process`"),
         }
     }
@@ -89,63 +92,56 @@ impl Engine {
         Ok(self.store.split_sized(&lower, size)?)
     }
 
-    /// Starts a program over a split root.
+    /// Starts a program. With backend `process` its root is `root`, or where there is none the
+    /// bundle's, read-only.
     pub(crate) fn start(
         &self,
         backend: &'static str,
         template: &TemplateSpec,
         mut clone: CloneSpec,
-        root: &Rootfs,
+        root: Option<&Rootfs>,
     ) -> Result<Started> {
-        if backend == "kvm-elf" {
+        if backend == KVM_ELF {
             return self.start_kvm(template, clone);
         }
-        let (known, template_hit) = self.prepared(backend, template, |template| {
-            let mut rootless = template.clone();
-            rootless.root = None;
-            Ok(self.process.build_template(&rootless)?)
-        })?;
-        clone.root = Some(root.path());
-        let instance = self.process.clone_from(&known, clone)?;
+        let (template, template_hit) = match root {
+            Some(root) => {
+                clone.root = Some(root.path());
+                self.prepared(template)?
+            }
+            None => (self.process.build_template(template)?, false),
+        };
+        let instance = self.process.clone_from(&template, clone)?;
         Ok(Started {
             instance,
-            lease: None,
             in_force: InForce {
                 backend,
                 isolation: Isolation::ProcessOnly,
                 template_hit,
-                split_rootfs: true,
+                split_rootfs: root.is_some(),
                 pooled_cgroup: true,
             },
         })
     }
 
-    /// A program's template, made or found.
-    fn prepared(
-        &self,
-        backend: &str,
-        spec: &TemplateSpec,
-        make: impl FnOnce(&TemplateSpec) -> Result<Template>,
-    ) -> Result<(Template, bool)> {
-        let key = format!("{backend}-{}", digest(&spec.program)?);
-        let known = &self.known;
-        if let Some(template) = known
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&key)
-        {
+    /// A program's template for backend `process`, without a root: made or found.
+    fn prepared(&self, spec: &TemplateSpec) -> Result<(Template, bool)> {
+        let key = key(spec)?;
+        let lock = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(template) = lock().get(&key) {
             return Ok((template.clone(), true));
         }
-        let made = make(spec)?;
-        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert(key, made.clone());
+        let mut rootless = spec.clone();
+        rootless.root = None;
+        let made = self.process.build_template(&rootless)?;
+        lock().insert(key, made.clone());
         Ok((made, false))
     }
 
     #[cfg(target_arch = "x86_64")]
     fn start_kvm(&self, spec: &TemplateSpec, clone: CloneSpec) -> Result<Started> {
-        let backend = rund_rt::KvmElf::new();
-        let name = format!("{}.rund", digest(&spec.program)?);
+        let backend = &self.kvm;
+        let name = format!("{}.rund", key(spec)?);
         let saved = self.templates.join(name);
         let root = spec.root.as_deref();
         // A container's root is its own, its program's memory is everybody's: so the template is
@@ -161,24 +157,17 @@ impl Engine {
                 (made, false)
             }
         };
-        let id = clone.id.clone().unwrap_or_default();
-        let limits = clone.limits.clone();
-        let lease = self.lease(&id, &limits)?;
         let instance = backend.clone_from(&template, clone)?;
-        if let Some(pid) = instance.pid() {
-            lease.add(pid)?;
-        }
         let stats = instance.stats()?;
         Ok(Started {
             instance,
-            lease: Some(lease),
             in_force: InForce {
-                backend: "kvm-elf",
+                backend: KVM_ELF,
                 isolation: stats.isolation.unwrap_or(Isolation::ProcessOnly),
                 template_hit,
                 // Made by the monitor, call by call, over the template's root.
                 split_rootfs: stats.split_rootfs || spec.root.is_some(),
-                pooled_cgroup: true,
+                pooled_cgroup: stats.pooled_cgroup,
             },
         })
     }
@@ -187,15 +176,16 @@ impl Engine {
     fn start_kvm(&self, _spec: &TemplateSpec, _clone: CloneSpec) -> Result<Started> {
         bail!("backend kvm-elf is for x86-64")
     }
-
-    fn lease(&self, id: &str, limits: &Limits) -> Result<CgroupLease> {
-        let patience = PoolConfig::default().patience;
-        Ok(self.pool.lease_as(id, limits, patience)?)
-    }
 }
 
-/// What a program is, whatever it is called.
-fn digest(program: &Path) -> Result<String> {
+/// What a program is: its content, and where it finds itself (`/proc/self/exe`).
+fn key(spec: &TemplateSpec) -> Result<String> {
+    let program = &spec.program;
     let bytes = std::fs::read(program).with_context(|| format!("read {}", program.display()))?;
-    Ok(blake3::hash(&bytes).to_hex().to_string())
+    let mut key = blake3::Hasher::new();
+    // The length first, so that no content ends in another's path.
+    key.update(&(bytes.len() as u64).to_le_bytes());
+    key.update(&bytes);
+    key.update(spec.path_inside().as_os_str().as_bytes());
+    Ok(key.finalize().to_hex().to_string())
 }

@@ -7,6 +7,7 @@
 #![allow(clippy::print_stderr, reason = "a program speaks to who started it")]
 
 mod engine;
+mod metrics;
 mod mounts;
 mod service;
 mod stdio;

@@ -7,9 +7,10 @@ use std::thread;
 use std::time::Duration;
 
 use containerd_shim as shim;
-use oci_spec::runtime::Process as OciProcess;
+use oci_spec::runtime::{Process as OciProcess, Root};
 use rund_rt::oci::Bundle;
 use rund_rt::{CloneSpec, Status as ExitStatus};
+use shim::api::Status;
 use shim::event::Event;
 use shim::protos::events::task as events;
 use shim::protos::protobuf::well_known_types::any::Any;
@@ -20,7 +21,8 @@ use shim::{
     api,
 };
 
-use crate::engine::{BACKEND_ANNOTATION, Engine, Started};
+use crate::engine::{BACKEND_ANNOTATION, Engine, KVM_ELF, Started};
+use crate::metrics;
 use crate::mounts::{mount_at, unmount};
 use crate::stdio::{self, Carrier, Names};
 use crate::task::{Container, Process, Running};
@@ -31,6 +33,15 @@ const IN_FORCE: &str = "rund.json";
 const GROUP: &str = "rund";
 /// How long a shim without containers waits for another one.
 const LINGER: Duration = Duration::from_secs(20);
+/// What a process ignores unless it says otherwise, and the question whether it is there. The others
+/// end it.
+const ENDS_NOTHING: [i32; 5] = [
+    0,
+    libc::SIGCHLD,
+    libc::SIGCONT,
+    libc::SIGURG,
+    libc::SIGWINCH,
+];
 /// How long a container's processes may take to die before its root is taken away.
 const DEATH: Duration = Duration::from_secs(10);
 
@@ -154,6 +165,19 @@ fn failed(why: impl Into<anyhow::Error>) -> shim::protos::ttrpc::Error {
     Error::Other(format!("{:#}", why.into())).into()
 }
 
+/// Whether a container takes another process, as with runc: not while it is paused, nor after its
+/// end.
+fn enterable(container: &Container) -> TtrpcResult<()> {
+    let first = container.process("");
+    let why = match first.map(|first| first.status()) {
+        Some(Status::PAUSED) => "is paused: resume it first",
+        Some(Status::STOPPED) => "has ended",
+        _ => return Ok(()),
+    };
+    let why = format!("container `{}` {why}", container.id);
+    Err(Error::FailedPreconditionError(why).into())
+}
+
 impl Tasks {
     /// Mounts what containerd prepared, and reads the bundle.
     fn prepare(&self, request: &api::CreateTaskRequest) -> anyhow::Result<Container> {
@@ -168,7 +192,19 @@ impl Tasks {
             .map_err(|why| anyhow::anyhow!("{why}"))?;
         let backend = engine.backend(bundle.annotation(BACKEND_ANNOTATION))?;
         let clone = bundle.clone_spec()?.id(&request.id);
-        let root = engine.split(bundle.root(), clone.limits.upper)?;
+        let host_name = bundle.spec().hostname().as_deref();
+        if let Some(other) = host_name.filter(|name| !name.is_empty() && *name != request.id) {
+            anyhow::bail!("it asks for the host name `{other}`: a container's is its id");
+        }
+        let read_only = bundle.spec().root().as_ref().and_then(Root::readonly);
+        let root = match (backend, read_only.unwrap_or(false)) {
+            (KVM_ELF, true) => anyhow::bail!(
+                "it asks for a read-only root, and with backend {KVM_ELF} every root has a \
+                 writable layer: use backend process (annotation {BACKEND_ANNOTATION}=process)"
+            ),
+            (KVM_ELF, false) | (_, true) => None,
+            (_, false) => Some(engine.split(bundle.root(), clone.limits.upper)?),
+        };
         let names = Names {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -190,17 +226,19 @@ impl Tasks {
             anyhow::bail!("it was started already");
         };
         clone.stdin = process.names.input();
-        clone.stdout = stdio::output(&process.names.stdout)?;
-        clone.stderr = stdio::output(&process.names.stderr)?;
+        let (stdout, out) = stdio::output(&process.names.stdout)?;
+        let (stderr, err) = stdio::output(&process.names.stderr)?;
+        (clone.stdout, clone.stderr) = (stdout, stderr);
         let engine = self
             .shared
             .engine()
             .map_err(|why| anyhow::anyhow!("{why}"))?;
-        let Started {
-            instance,
-            lease,
-            in_force,
-        } = engine.start(container.backend, &process.template, clone, &container.root)?;
+        let Started { instance, in_force } = engine.start(
+            container.backend,
+            &process.template,
+            clone,
+            container.root.as_ref(),
+        )?;
         let instance: Arc<dyn rund_rt::Instance> = Arc::from(instance);
         let carrier = match instance.take_stdin() {
             Some(to) => Some(Carrier::start(&process.names.stdin, to)?),
@@ -212,8 +250,14 @@ impl Tasks {
         }
         let pid = instance.pid().unwrap_or_default();
         let waits = Arc::clone(&instance);
-        process.began(pid, Running { instance, carrier });
+        let running = Running {
+            instance,
+            carrier,
+            _readers: [out, err],
+        };
+        process.began(pid, running);
         let (shared, process) = (Arc::clone(&self.shared), Arc::clone(process));
+        let container = Arc::clone(container);
         let id = container.id.clone();
         // Ends with the sandbox, which ends with the shim at the latest.
         thread::Builder::new()
@@ -221,7 +265,13 @@ impl Tasks {
             .spawn(move || {
                 let ended = waits.wait(None);
                 drop(waits);
-                drop(lease);
+                // As in a PID namespace, whose first process takes all others with it.
+                if process.exec_id.is_empty()
+                    && let Err(why) = container.end_others(DEATH)
+                {
+                    tracing::warn!(%why, id, "a process of an ended container runs on");
+                }
+                drop(container);
                 let (code, killed) = match ended {
                     Ok(exit) => {
                         let killed = exit.status == ExitStatus::Signal(libc::SIGKILL);
@@ -297,6 +347,9 @@ impl Task for Tasks {
         request: api::StartRequest,
     ) -> TtrpcResult<api::StartResponse> {
         let (container, process) = self.shared.process(&request.id, &request.exec_id)?;
+        if !request.exec_id.is_empty() {
+            enterable(&container)?;
+        }
         let pid = self.begin(&container, &process).map_err(failed)?;
         if request.exec_id.is_empty() {
             self.shared.publish(events::TaskStart {
@@ -324,6 +377,7 @@ impl Task for Tasks {
             let why = format!("process `{}` is there already", request.exec_id);
             return Err(Error::FailedPreconditionError(why).into());
         }
+        enterable(&container)?;
         if request.terminal {
             return Err(Error::Unimplemented("a terminal".to_owned()).into());
         }
@@ -390,8 +444,15 @@ impl Task for Tasks {
         } else {
             vec![process]
         };
-        let signal = i32::try_from(request.signal).unwrap_or(libc::SIGKILL);
+        let known = |signal: &i32| (0..=libc::SIGRTMAX()).contains(signal);
+        let Some(signal) = i32::try_from(request.signal).ok().filter(known) else {
+            let why = format!("no signal has the number {} (EINVAL)", request.signal);
+            return Err(Error::InvalidArgument(why).into());
+        };
         for target in targets {
+            if ENDS_NOTHING.contains(&signal) && target.is_alive() {
+                continue;
+            }
             let Some(handle) = target.ask_to_end(signal) else {
                 if request.all {
                     continue;
@@ -417,12 +478,7 @@ impl Task for Tasks {
             (state.pid, state.end.clone())
         };
         if request.exec_id.is_empty() {
-            for other in container.all() {
-                if let Some(handle) = other.ask_to_end(libc::SIGKILL) {
-                    handle.kill().map_err(failed)?;
-                    other.wait_at_most(DEATH);
-                }
-            }
+            container.end_others(DEATH).map_err(failed)?;
             self.remove(&container);
         } else {
             container.processes().remove(&request.exec_id);
@@ -500,7 +556,7 @@ impl Task for Tasks {
     ) -> TtrpcResult<api::StatsResponse> {
         let (_, process) = self.shared.process(&request.id, "")?;
         let pid = process.lock().pid;
-        let metrics = shim::cgroup::collect_metrics(pid)?;
+        let metrics = metrics::of(pid).map_err(failed)?;
         let any: Any = shim::util::convert_to_any(Box::new(metrics))?;
         Ok(api::StatsResponse {
             stats: MessageField::some(any),
