@@ -43,7 +43,7 @@ pub(crate) struct Shared {
     pub(crate) epoch: Option<Epoch>,
     pub(crate) state: Mutex<State>,
     /// What this handle is attached to. A lock of the kernel is held once for all of them.
-    attached: Mutex<HashMap<u64, Vec<Weak<Inner>>>>,
+    pub(crate) attached: Mutex<HashMap<u64, Vec<Weak<Inner>>>>,
     /// Which opened it.
     process: u32,
     _descriptor: Option<Descriptor>,
@@ -59,7 +59,7 @@ struct Descriptor(RawFd);
 impl Descriptor {
     fn claim(backend: &dyn Backend) -> Option<Self> {
         let fd = backend.as_fd().as_raw_fd();
-        locked(&DESCRIPTORS).insert(fd).then_some(Self(fd))
+        locked(&DESCRIPTORS).insert(fd).then(|| Self(fd))
     }
 }
 
@@ -718,7 +718,7 @@ impl Shared {
     }
 
     /// The leases of this host, where this handle may write them.
-    fn own_table(&self) -> Option<Table<'_>> {
+    pub(crate) fn own_table(&self) -> Option<Table<'_>> {
         let seed = self.log.seed;
         if self.log.superblock.hosts == 1 {
             return None;
@@ -756,11 +756,12 @@ impl Shared {
         self.log.refresh(&mut state)?;
         let evicted = state.catalog.evicted(self.host.0);
         if let Some(nonce) = evicted
-            && table.head()?.is_none_or(|head| head.nonce == nonce)
+            && table.head()?.is_some_and(|head| head.nonce == nonce)
         {
             table.renew(nonce.wrapping_add(1))?;
             return Ok(());
         }
+        self.mend_leases(&table, &state.catalog, &locked(&self.attached))?;
         table.clear(|generation| Ok(!lease::is_attached_elsewhere(fd, generation)?))
     }
 
