@@ -57,6 +57,7 @@
 struct Readme;
 
 mod arch;
+mod attach;
 pub mod backend;
 mod catalog;
 mod check;
@@ -76,7 +77,9 @@ mod redo;
 mod salvage;
 mod space;
 mod superblock;
+mod take_over;
 pub mod topology;
+mod writer;
 
 pub use backend::{Backend, DevDax, FileHdm, MemfdHdm};
 pub use check::{CheckReport, Problem};

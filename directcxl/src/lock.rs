@@ -1,12 +1,16 @@
 //! Locks that die with their holder: open file description locks on bytes that no data lie at.
 
-use std::os::fd::BorrowedFd;
+use std::collections::BTreeSet;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
+use crate::backend::Backend;
 use crate::error::{Error, Result};
+use crate::pool::locked;
 
 /// How long a lock is tried without sleeping: holders have it for microseconds.
 const SPIN: Duration = Duration::from_micros(200);
@@ -106,4 +110,27 @@ pub(crate) fn is_any_held_elsewhere(fd: BorrowedFd<'_>, byte: u64, bytes: u64) -
     fcntl(fd, FcntlArg::F_OFD_GETLK(&mut asked))
         .map_err(Error::io("look at the locks of", "a pool"))?;
     Ok(i32::from(asked.l_type) != libc::F_UNLCK)
+}
+
+/// Descriptors that pools of this process are open on.
+static DESCRIPTORS: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+
+/// A descriptor that one pool of this process uses.
+#[derive(Debug)]
+pub(crate) struct Descriptor(RawFd);
+
+impl Descriptor {
+    /// Nothing where another pool has it.
+    pub(crate) fn claim(backend: &dyn Backend) -> Option<Self> {
+        let fd = backend.as_fd().as_raw_fd();
+        let is_new = locked(&DESCRIPTORS).insert(fd);
+        // Not before it is known to be ours: to drop one gives the descriptor back.
+        is_new.then(|| Self(fd))
+    }
+}
+
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        locked(&DESCRIPTORS).remove(&self.0);
+    }
 }

@@ -12,8 +12,9 @@ use crate::{Epoch, HostId};
 
 /// What is lost at once where a page is.
 const PAGE: u64 = 4096;
-/// Entries that are looked through at once for one that damaged ones hide.
-const PIECE: u64 = 64;
+/// How far behind the end of a log is looked for entries that damaged ones hide: sixteen pages. What
+/// is lost at once is a line, or a page of sixteen entries.
+const LOOK_AHEAD: u64 = 256;
 /// How often reading begins again because a writer began a new arena meanwhile.
 const TRIES: usize = 1000;
 
@@ -38,6 +39,16 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// A state that no log has, so that the first look reads everything.
+    pub(crate) fn unread(superblock: &Superblock) -> Self {
+        Self {
+            record: Record::idle(u16::MAX),
+            position: 0,
+            catalog: Catalog::new(superblock.data(), 1),
+            damaged: Vec::new(),
+        }
+    }
+
     /// Of the next entry.
     pub(crate) fn sequence(&self) -> u64 {
         self.record.first_sequence.saturating_add(self.position)
@@ -64,7 +75,7 @@ pub(crate) struct Read {
 enum Seen {
     /// What was there then is known: whatever damage there is came since.
     Before,
-    /// All of the arena is looked through for what lies behind its end.
+    /// What lies behind its end is looked through.
     Never,
 }
 
@@ -352,27 +363,22 @@ impl Log {
         Ok(false)
     }
 
-    /// Whether any entry from `index` on is valid. A line, a page or more may have been lost at once.
+    /// Whether any entry from `index` on is valid, as far as is looked.
     fn any_behind(&self, record: &Record, index: u64) -> Result<bool> {
-        let mut bytes = vec![0; (PIECE * ENTRY) as usize];
-        let mut from = index;
-        while from < self.superblock.entries {
-            let until = self.superblock.entries.min(from + PIECE);
-            let at = self.superblock.entry(record.host, record.turn, from);
-            let piece = &mut bytes[..((until - from) * ENTRY) as usize];
-            let range = at..at + piece.len() as u64;
-            self.medium.invalidate(range, Step::AcquireEntry)?;
-            self.medium.load(at, piece)?;
-            let (halves, _) = piece.as_chunks::<{ HALF as usize }>();
-            for (i, half) in halves.iter().enumerate() {
-                let later = from + i as u64 / 2;
-                let sequence = record.first_sequence.saturating_add(later);
-                // Most are zeroes, or of an earlier arena: one that may be it is read in full.
-                if half[..8] == sequence.to_le_bytes() && self.read(record, later)?.is_some() {
-                    return Ok(true);
-                }
+        let end = self.superblock.entries.min(index + LOOK_AHEAD);
+        let mut bytes = vec![0; (end.saturating_sub(index) * ENTRY) as usize];
+        let at = self.superblock.entry(record.host, record.turn, index);
+        let range = at..at + bytes.len() as u64;
+        self.medium.invalidate(range, Step::AcquireEntry)?;
+        self.medium.load(at, &mut bytes)?;
+        let (halves, _) = bytes.as_chunks::<{ HALF as usize }>();
+        for (i, half) in halves.iter().enumerate() {
+            let later = index + i as u64 / 2;
+            let sequence = record.first_sequence.saturating_add(later);
+            // Most are zeroes, or of an earlier arena: one that may be it is read in full.
+            if half[..8] == sequence.to_le_bytes() && self.read(record, later)?.is_some() {
+                return Ok(true);
             }
-            from = until;
         }
         Ok(false)
     }

@@ -1,7 +1,6 @@
-//! A pool: opening, and every change to its namespaces.
+//! A pool: opening, and what can be done with its namespaces.
 
-use std::collections::{BTreeSet, HashMap};
-use std::os::fd::{AsRawFd, RawFd};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -9,15 +8,15 @@ use carlsbad_types::ByteSize;
 use uuid::Uuid;
 
 use crate::backend::{Backend, Health};
-use crate::catalog::{Catalog, bad_name};
+use crate::catalog::bad_name;
 use crate::error::{Error, Result};
 use crate::host::{Epoch, HostId, Role};
-use crate::layout::{EXTENT, Extent, HostState, LOCK_APPEND, Operation, Record, Superblock};
-use crate::lease::{self, Table};
-use crate::lock::{self, Kind};
+use crate::layout::{EXTENT, Extent, Operation};
+use crate::lock;
 use crate::log::{Log, State};
 use crate::medium::{Access, Medium};
 use crate::namespace::{Contents, Handle, Inner, Namespace, NamespaceInfo, NamespaceOptions};
+use crate::writer::most;
 
 /// How long a lock is waited for. Holders keep one for microseconds, or while a namespace is zeroed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -37,7 +36,7 @@ pub(crate) struct Shared {
     pub(crate) backend: Arc<dyn Backend>,
     pub(crate) log: Log,
     /// This host's area, mapped for writing, where the rest is mapped for reading.
-    own: Option<Box<dyn Medium>>,
+    pub(crate) own: Option<Box<dyn Medium>>,
     pub(crate) host: HostId,
     /// With which this handle writes; nothing for a reader.
     pub(crate) epoch: Option<Epoch>,
@@ -46,27 +45,7 @@ pub(crate) struct Shared {
     pub(crate) attached: Mutex<HashMap<u64, Vec<Weak<Inner>>>>,
     /// Which opened it.
     process: u32,
-    _descriptor: Option<Descriptor>,
-}
-
-/// Descriptors that pools of this process are open on.
-static DESCRIPTORS: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
-
-/// A descriptor that one pool of this process uses.
-#[derive(Debug)]
-struct Descriptor(RawFd);
-
-impl Descriptor {
-    fn claim(backend: &dyn Backend) -> Option<Self> {
-        let fd = backend.as_fd().as_raw_fd();
-        locked(&DESCRIPTORS).insert(fd).then(|| Self(fd))
-    }
-}
-
-impl Drop for Descriptor {
-    fn drop(&mut self) {
-        locked(&DESCRIPTORS).remove(&self.0);
-    }
+    _descriptor: Option<lock::Descriptor>,
 }
 
 /// What is in a pool, in numbers.
@@ -118,11 +97,11 @@ impl Pool {
     /// As of [`Pool::open`].
     pub fn open_shared(backend: Arc<dyn Backend>, role: Role) -> Result<Self> {
         // The kernel's locks are those of a descriptor: two pools on one would not exclude each other.
-        let (backend, descriptor) = match Descriptor::claim(&*backend) {
+        let (backend, descriptor) = match lock::Descriptor::claim(&*backend) {
             Some(descriptor) => (backend, Some(descriptor)),
             None => {
                 let again = backend.reopen()?;
-                let descriptor = Descriptor::claim(&*again);
+                let descriptor = lock::Descriptor::claim(&*again);
                 (again, descriptor)
             }
         };
@@ -456,28 +435,10 @@ impl Pool {
     }
 }
 
-impl State {
-    /// A state that no log has, so that the first look reads everything.
-    pub(crate) fn unread(superblock: &Superblock) -> Self {
-        Self {
-            record: Record::idle(u16::MAX),
-            position: 0,
-            catalog: Catalog::new(superblock.data(), 1),
-            damaged: Vec::new(),
-        }
-    }
-}
-
 fn unknown(name: &str) -> Error {
     Error::UnknownNamespace {
         name: name.to_owned(),
     }
-}
-
-/// Live and quarantined extents that the log may hold. A quarter of the arena stays free, so that
-/// an arena is begun after many operations, whose cost it shares.
-fn most(superblock: &Superblock) -> u64 {
-    superblock.entries / 4 * 3
 }
 
 fn rounded(what: &'static str, length: ByteSize) -> Result<u64> {
@@ -493,149 +454,7 @@ fn rounded(what: &'static str, length: ByteSize) -> Result<u64> {
     })
 }
 
-/// The right to append, while it is held.
-pub(crate) struct Writer<'a> {
-    pub(crate) shared: &'a Shared,
-    pub(crate) state: &'a mut State,
-    epoch: Epoch,
-}
-
-impl Writer<'_> {
-    /// Appends an operation, in a new arena where this one is full.
-    pub(crate) fn append(&mut self, operation: Operation) -> Result<()> {
-        let log = &self.shared.log;
-        if self.state.position >= log.superblock.entries {
-            log.begin_turn(self.state, self.shared.host.0, self.epoch)?;
-        }
-        log.append(self.state, operation)
-    }
-
-    /// Takes a namespace away, and frees its extent if nobody is attached.
-    fn remove(&mut self, generation: u64, extent: Extent) -> Result<()> {
-        self.append(Operation::Remove { generation })?;
-        // From here on nobody attaches: whoever did before shows by its lease.
-        if !self.shared.is_leased(generation, &self.state.catalog)? {
-            self.free(generation, extent)?;
-        }
-        Ok(())
-    }
-
-    /// Frees an extent that was in quarantine, and gives its memory back to the file system: the
-    /// namespace that gets it next may be long in coming, and another extent's pages are wanted now.
-    fn free(&mut self, generation: u64, extent: Extent) -> Result<()> {
-        self.append(Operation::Free { generation, extent })?;
-        if let Err(why) = self.shared.backend.discard(extent.range()) {
-            // It is free, and is zeroed before it is used again.
-            tracing::debug!(generation, %why, "the memory of a free extent was not given back");
-        }
-        Ok(())
-    }
-
-    /// Refuses where the log is full; what is in quarantine is looked at first.
-    fn room_for_one_more(&mut self) -> Result<()> {
-        let most = most(&self.shared.log.superblock);
-        if self.state.catalog.weight() >= most {
-            self.reclaim()?;
-        }
-        let used = self.state.catalog.weight();
-        if used >= most {
-            return Err(Error::LogFull { used, most });
-        }
-        Ok(())
-    }
-
-    /// As [`Writer::room_for_one_more`], with the quarter of the arena that stays free otherwise:
-    /// leases of a dead host may be all that the log is full of. One entry stays for what is freed.
-    fn room_for_an_eviction(&self) -> Result<()> {
-        let used = self.state.catalog.weight();
-        let most = self.shared.log.superblock.entries.saturating_sub(2);
-        if used >= most {
-            return Err(Error::LogFull { used, most });
-        }
-        Ok(())
-    }
-
-    /// The extent for `length` bytes; what is in quarantine is looked at where there is none.
-    fn find(&mut self, length: u64) -> Result<Extent> {
-        if let Some(extent) = self.state.catalog.space().find(length) {
-            return Ok(extent);
-        }
-        self.reclaim()?;
-        let found = self.state.catalog.space().find(length);
-        found.ok_or_else(|| self.no_room(length))
-    }
-
-    fn no_room(&self, length: u64) -> Error {
-        let catalog = &self.state.catalog;
-        Error::NoRoom {
-            asked: ByteSize::new(length),
-            free: ByteSize::new(catalog.space().free()),
-            largest: ByteSize::new(catalog.space().largest()),
-            quarantined: ByteSize::new(catalog.quarantined()),
-        }
-    }
-
-    /// Frees what is in quarantine without a lease; how many bytes.
-    fn reclaim(&mut self) -> Result<u64> {
-        let mut freed = 0;
-        let all: Vec<_> = self.state.catalog.quarantine().collect();
-        for (generation, extent) in all {
-            if !self.shared.is_leased(generation, &self.state.catalog)? {
-                self.free(generation, extent)?;
-                freed += extent.length;
-            }
-        }
-        Ok(freed)
-    }
-}
-
 impl Shared {
-    /// Does `work` as the only writer of this host, and as the writer of the pool.
-    pub(crate) fn write<T>(&self, work: impl FnOnce(&mut Writer<'_>) -> Result<T>) -> Result<T> {
-        let Some(epoch) = self.epoch else {
-            return Err(Error::ReadOnly {
-                what: "change a namespace",
-            });
-        };
-        self.is_this_process()?;
-        let mut state = locked(&self.state);
-        let _lock = self.lock_append()?;
-        self.log.refresh(&mut state)?;
-        self.log.fence_after(&state, self.host.0, epoch)?;
-        let done = work(&mut Writer {
-            shared: self,
-            state: &mut state,
-            epoch,
-        });
-        if done.is_err() {
-            // What was applied here may not be on the medium: it is read anew.
-            *state = State::unread(&self.log.superblock);
-            return done;
-        }
-        // Of a claim and what was appended one comes first. If this sees no claim, whoever claims
-        // later sees what was appended.
-        if self.log.superblock.hosts > 1 {
-            self.log.fence(self.host.0, epoch)?;
-        }
-        done
-    }
-
-    /// Takes away what was made and could not be attached to: whoever is told that it failed does not
-    /// expect to find it.
-    fn unmake(&self, generation: u64) {
-        let unmade = self.write(|writer| match writer.state.catalog.item(generation) {
-            Some(item) => {
-                let extent = item.extent;
-                writer.remove(generation, extent)
-            }
-            // Somebody else was quicker.
-            None => Ok(()),
-        });
-        if let Err(why) = unmade {
-            tracing::warn!(generation, %why, "a namespace that could not be attached to is left");
-        }
-    }
-
     /// Refuses a process that was forked from the one that opened the pool: a lock of one is a lock of
     /// the other.
     pub(crate) fn is_this_process(&self) -> Result<()> {
@@ -646,305 +465,5 @@ impl Shared {
             place: self.backend.place(),
             opened_by: self.process,
         })
-    }
-
-    fn lock_append(&self) -> Result<lock::Guard<'_>> {
-        lock::acquire(
-            self.backend.as_fd(),
-            LOCK_APPEND,
-            Kind::Exclusive,
-            PATIENCE,
-            "the log",
-        )
-    }
-
-    /// Makes this host the writer with `epoch`, or joins it where it is that already.
-    fn take_over(&self, epoch: Epoch) -> Result<Epoch> {
-        let _lock = self.lock_append()?;
-        let log = &self.log;
-        let records = log.records()?;
-        let own = records
-            .get(usize::from(self.host.0))
-            .copied()
-            .unwrap_or(Record::idle(self.host.0));
-        let current = log.current()?;
-        let highest = records
-            .iter()
-            .filter(|record| record.state != HostState::Idle)
-            .max_by_key(|record| (record.epoch, record.host == self.host.0))
-            .copied()
-            .unwrap_or(current);
-        let mine = highest.host == self.host.0;
-        let by = HostId(highest.host);
-        let theirs = Epoch(highest.epoch);
-        let epoch = match epoch {
-            epoch if epoch > Epoch::LAST => {
-                let last = Epoch::LAST;
-                return Err(Error::BadEpoch { epoch, last });
-            }
-            Epoch::CURRENT if mine => theirs,
-            Epoch::CURRENT => return Err(Error::NotWriter { epoch: theirs, by }),
-            ours if ours < theirs => return Err(Error::Fenced { ours, theirs, by }),
-            ours if ours == theirs && !mine => return Err(Error::EpochTaken { epoch: ours, by }),
-            ours => ours,
-        };
-        if current.host == self.host.0 && current.epoch == epoch.0 {
-            return Ok(epoch);
-        }
-        // The record of the pool's state is not written over; every other one may be.
-        if current.host != self.host.0 {
-            log.write_record(&Record {
-                generation: own.generation.saturating_add(1),
-                epoch: epoch.0,
-                state: HostState::Claiming,
-                ..own
-            })?;
-            if let Err(why) = log.fence(self.host.0, epoch) {
-                log.write_record(&Record {
-                    generation: own.generation.saturating_add(2),
-                    epoch: 0,
-                    state: HostState::Idle,
-                    ..own
-                })?;
-                return Err(why);
-            }
-        }
-        let mut state = State::unread(&log.superblock);
-        log.refresh(&mut state)?;
-        log.begin_turn(&mut state, self.host.0, epoch)?;
-        log.fence(self.host.0, epoch)?;
-        tracing::info!(host = self.host.0, epoch = epoch.0, "writes from now on");
-        Ok(epoch)
-    }
-
-    /// The leases of this host, where this handle may write them.
-    pub(crate) fn own_table(&self) -> Option<Table<'_>> {
-        let seed = self.log.seed;
-        if self.log.superblock.hosts == 1 {
-            return None;
-        }
-        if let Some(own) = &self.own {
-            return Some(Table {
-                medium: &**own,
-                area: 0,
-                seed,
-            });
-        }
-        // A writer maps everything for writing; a reader without a mapping of its own has no right
-        // to write.
-        self.epoch.map(|_| self.table_of(self.host))
-    }
-
-    /// The leases of a host, for reading.
-    pub(crate) fn table_of(&self, host: HostId) -> Table<'_> {
-        Table {
-            medium: &*self.log.medium,
-            area: lease::area(&self.log.superblock, host),
-            seed: self.log.seed,
-        }
-    }
-
-    /// Clears what processes of this host left behind that were killed, and begins anew where this
-    /// host was evicted.
-    fn begin_leases(&self) -> Result<()> {
-        let Some(table) = self.own_table() else {
-            return Ok(());
-        };
-        let fd = self.backend.as_fd();
-        let _lock = lease::lock_table(fd, PATIENCE)?;
-        let mut state = locked(&self.state);
-        self.log.refresh(&mut state)?;
-        let evicted = state.catalog.evicted(self.host.0);
-        if let Some(nonce) = evicted
-            && table.head()?.is_some_and(|head| head.nonce == nonce)
-        {
-            table.renew(nonce.wrapping_add(1))?;
-            return Ok(());
-        }
-        self.mend_leases(&table, &state.catalog, &locked(&self.attached))?;
-        table.clear(|generation| Ok(!lease::is_attached_elsewhere(fd, generation)?))
-    }
-
-    /// Whether somebody is attached to a generation, on this host or another.
-    fn is_leased(&self, generation: u64, catalog: &Catalog) -> Result<bool> {
-        let here = locked(&self.attached)
-            .get(&generation)
-            .is_some_and(|all| all.iter().any(|inner| inner.strong_count() > 0));
-        if here || lease::is_attached_elsewhere(self.backend.as_fd(), generation)? {
-            return Ok(true);
-        }
-        for host in (0..self.log.superblock.hosts).map(HostId) {
-            // On this host the kernel has said all there is to say.
-            if host != self.host
-                && self
-                    .table_of(host)
-                    .holds(generation, catalog.evicted(host.0))?
-            {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// Attaches to what `choose` picks: first a lease, then a second look whether it is still there.
-    fn attach(
-        self: &Arc<Self>,
-        populate: bool,
-        choose: impl Fn(&Catalog) -> Result<u64>,
-    ) -> Result<Namespace> {
-        self.is_this_process()?;
-        // In this order everywhere: state, attached, the lock on the leases.
-        let mut state = locked(&self.state);
-        self.log.refresh(&mut state)?;
-        loop {
-            let generation = choose(&state.catalog)?;
-            let evicted = state.catalog.evicted(self.host.0);
-            let mut attached = locked(&self.attached);
-            let known: Vec<_> = attached
-                .get(&generation)
-                .into_iter()
-                .flatten()
-                .filter_map(Weak::upgrade)
-                .collect();
-            let lease = if known.is_empty() {
-                Some(self.lease(generation, evicted)?)
-            } else {
-                None
-            };
-            let made = self.look_again(&mut state, generation, &lease, &known, populate);
-            match (made, lease) {
-                (Ok(Some(inner)), lease) => {
-                    if let Some((guard, _)) = lease {
-                        // `Inner` gives it back.
-                        guard.keep();
-                    }
-                    let all = attached.entry(generation).or_default();
-                    all.retain(|inner| inner.strong_count() > 0);
-                    if !known.iter().any(|known| Arc::ptr_eq(known, &inner)) {
-                        all.push(Arc::downgrade(&inner));
-                    }
-                    drop(attached);
-                    return Ok(Namespace { inner });
-                }
-                (made, lease) => {
-                    if let Some((guard, _)) = lease {
-                        self.end_lease(generation, guard);
-                    }
-                    // What was known goes when nobody looks at `attached` any more.
-                    drop(attached);
-                    made?;
-                    // It was removed meanwhile; the name may be another's now.
-                }
-            }
-        }
-    }
-
-    /// With the lease in memory: the mapping of what has it, if that is still there.
-    fn look_again(
-        self: &Arc<Self>,
-        state: &mut State,
-        generation: u64,
-        lease: &Option<(lock::Guard<'_>, Option<u64>)>,
-        known: &[Arc<Inner>],
-        populate: bool,
-    ) -> Result<Option<Arc<Inner>>> {
-        self.log.refresh(state)?;
-        if let Some((_, Some(ours))) = lease
-            && state.catalog.evicted(self.host.0) == Some(*ours)
-        {
-            return Err(Error::Evicted { host: self.host });
-        }
-        let Some(item) = state.catalog.item(generation) else {
-            return Ok(None);
-        };
-        // One that was resized is mapped anew: its lease is the same.
-        if let Some(inner) = known.iter().find(|inner| inner.extent == item.extent) {
-            return Ok(Some(Arc::clone(inner)));
-        }
-        let access = match self.epoch {
-            Some(_) => Access::Write,
-            None => Access::Read,
-        };
-        let medium = Arc::clone(&self.backend).map(item.extent.range(), access, populate)?;
-        Ok(Some(Arc::new(Inner {
-            shared: Arc::clone(self),
-            generation,
-            extent: item.extent,
-            name: item.name.to_string(),
-            medium,
-            heap: known
-                .first()
-                .map_or_else(Arc::default, |other| Arc::clone(&other.heap)),
-            process: std::process::id(),
-        })))
-    }
-
-    /// A lease on this host, and for other hosts; the nonce under which it counts there.
-    fn lease(
-        &self,
-        generation: u64,
-        evicted: Option<u64>,
-    ) -> Result<(lock::Guard<'_>, Option<u64>)> {
-        let fd = self.backend.as_fd();
-        let byte = lease::byte(generation);
-        let guard = lock::acquire(fd, byte, Kind::Shared, PATIENCE, "a namespace")?;
-        let Some(table) = self.own_table() else {
-            return Ok((guard, None));
-        };
-        let _lock = lease::lock_table(fd, PATIENCE)?;
-        let fresh = evicted.map_or(0, |nonce| nonce.wrapping_add(1));
-        let nonce = table.insert(generation, self.host, fresh)?;
-        Ok((guard, Some(nonce)))
-    }
-
-    /// Gives a lease back: on this host, and for others where nobody here is attached any more.
-    fn end_lease(&self, generation: u64, guard: lock::Guard<'_>) {
-        let ended = (|| {
-            let Some(table) = self.own_table() else {
-                drop(guard);
-                return Ok(());
-            };
-            let fd = self.backend.as_fd();
-            let _lock = lease::lock_table(fd, PATIENCE)?;
-            drop(guard);
-            if lease::is_attached_elsewhere(fd, generation)? {
-                return Ok(());
-            }
-            table.clear(|other| Ok(other == generation))
-        })();
-        if let Err(why) = ended {
-            // It stays until a process of this host opens the pool: later, not lost.
-            tracing::warn!(generation, %why, "a lease could not be cleared");
-        }
-    }
-
-    /// When the last use of a namespace through this handle goes.
-    pub(crate) fn detach(&self, generation: u64) {
-        let mut attached = locked(&self.attached);
-        let Some(all) = attached.get_mut(&generation) else {
-            return;
-        };
-        all.retain(|inner| inner.strong_count() > 0);
-        if !all.is_empty() {
-            return;
-        }
-        attached.remove(&generation);
-        let guard = lock::Guard::held(self.backend.as_fd(), lease::byte(generation));
-        self.end_lease(generation, guard);
-    }
-
-    /// Fills an extent with zeroes.
-    fn zero(&self, extent: Extent) -> Result<()> {
-        if self.backend.discard(extent.range())? {
-            return Ok(());
-        }
-        let medium = Arc::clone(&self.backend).map(extent.range(), Access::Write, false)?;
-        let zeroes = vec![0; EXTENT as usize];
-        let mut at = 0;
-        while at < extent.length {
-            medium.store(at, &zeroes)?;
-            at += EXTENT;
-        }
-        medium.write_back(0..extent.length, crate::flush::Step::Publish)
     }
 }

@@ -200,7 +200,7 @@ fn of_two_writers_no_change_is_lost_that_was_said_to_hold() {
         let options = FormatOptions {
             hosts: 3,
             entries: 16,
-            overwrite: false,
+            overwrite: true,
         };
         let zero = Pool::format(world.host(0, Coherence::Software), options).unwrap();
         let mut held = Vec::new();

@@ -11,15 +11,17 @@ mod common;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use carlsbad_kit::child::{self, Role as ChildRole};
 use carlsbad_types::ByteSize;
 use common::{MIB2, file_pool, fill, memory, pool, pool_of, sum};
 use directcxl::backend::Backend;
 use directcxl::heap::{Heap, HeapOptions};
 use directcxl::layout::{
-    ARENAS, ENTRY, EXTENT, Entry, Extent, HostState, LEASE_HEAD, LEASE_SLOTS, Operation, RECORDS,
-    Record, Seed,
+    ARENAS, ENTRY, EXTENT, Entry, Extent, HostState, LEASE_HEAD, LEASE_SLOTS, LeaseHead, Operation,
+    RECORDS, Record, Seed,
 };
 use directcxl::{
     Epoch, Error, FileHdm, FormatOptions, HostId, MemfdHdm, NamespaceOptions, Pool, Role,
@@ -143,6 +145,30 @@ fn leases_that_are_lost_give_nothing_away() {
             at_a
         );
     }
+}
+
+/// The nonce after the last one overflowed.
+#[test]
+fn a_lease_head_with_the_last_nonce_is_an_ordinary_one() {
+    let (pool, again) = pool_of(8, 2);
+    let a = pool.create("a", MIB2, plain()).unwrap();
+    let seed = Seed::of(a.handle().incarnation);
+    drop(a);
+    let wild = LeaseHead {
+        nonce: u64::MAX,
+        used: u32::MAX,
+    };
+    file_at(&again)
+        .write_all_at(&wild.encode(seed), 2 * EXTENT + LEASE_HEAD)
+        .unwrap();
+    pool.evict(HostId(1)).unwrap();
+    let other = Pool::open(again(1), Role::Writer(Epoch(2))).unwrap();
+    let attached = other.attach("a").unwrap();
+    let pool = Pool::open(again(0), Role::Writer(Epoch(3))).unwrap();
+    pool.remove("a").unwrap();
+    assert_eq!(pool.reclaim().unwrap(), ByteSize::ZERO);
+    drop(attached);
+    assert_eq!(pool.reclaim().unwrap(), MIB2);
 }
 
 /// The writer's own leases are its to mend.
@@ -334,52 +360,34 @@ fn one_backend_that_is_opened_twice_is_two_pools_that_see_each_other() {
     assert_ne!(a.handle().offset, b.handle().offset);
 }
 
-/// A child that forgot what it had been given ended its parent's lease.
+/// Forks in a process of its own, in which no other thread holds anything.
 #[test]
-fn what_a_forked_child_drops_its_parent_keeps() {
-    let (pool, again) = pool(4);
-    let a = pool.create("a", MIB2, plain()).unwrap();
-    fill(&a, 1);
-    // SAFETY: the child drops and leaves; nobody else uses the pool meanwhile.
-    match unsafe { nix::unistd::fork() }.unwrap() {
-        nix::unistd::ForkResult::Child => {
-            drop(a);
-            // SAFETY: it ends the child without its destructors.
-            unsafe { libc::_exit(0) }
-        }
-        nix::unistd::ForkResult::Parent { child } => {
-            nix::sys::wait::waitpid(child, None).unwrap();
-        }
-    }
-    let other = Pool::open(again(0), Role::Writer(Epoch::CURRENT)).unwrap();
-    other.remove("a").unwrap();
-    fill(&other.create("b", MIB2, plain()).unwrap(), 2);
-    assert_eq!(sum(&a), 1);
-    drop(a);
-    assert_eq!(other.reclaim().unwrap(), MIB2);
-}
-
-/// The locks of a forked process are those of its parent: the two wrote to the log at once, and to the
-/// heap.
-#[test]
-fn a_forked_child_opens_the_pool_anew() {
-    let (pool, _again) = pool(8);
+#[ignore = "a role of `what_a_forked_child_drops_its_parent_keeps` and the next one"]
+fn role_fork() {
+    let Some((path, drops)) = child::arguments::<(PathBuf, bool)>("role_fork") else {
+        return;
+    };
+    let open = || Pool::open(FileHdm::open(&path).unwrap(), Role::Writer(Epoch::CURRENT)).unwrap();
+    let pool = open();
     let a = pool.create("a", MIB2, plain()).unwrap();
     let heap = Heap::format(&a, HeapOptions::default()).unwrap();
     let refused = |done: Result<(), Error>| matches!(done, Err(Error::Forked { .. }));
-    // SAFETY: the child asks and leaves; nobody else uses the pool meanwhile.
+    // SAFETY: there is one thread that does anything; the child asks and leaves.
     match unsafe { nix::unistd::fork() }.unwrap() {
         nix::unistd::ForkResult::Child => {
-            let all = [
-                refused(pool.create("b", MIB2, plain()).map(drop)),
-                refused(pool.remove("a")),
-                refused(pool.attach("a").map(drop)),
-                refused(heap.allocate(MIB2).map(drop)),
-                pool.list().is_ok(),
-                a.read(0, &mut [0; 8]).is_ok(),
-            ];
+            let right = if drops {
+                drop((heap, a));
+                true
+            } else {
+                refused(pool.create("b", MIB2, plain()).map(drop))
+                    && refused(pool.remove("a"))
+                    && refused(pool.attach("a").map(drop))
+                    && refused(heap.allocate(ByteSize::new(64)).map(drop))
+                    && pool.list().is_ok()
+                    && a.read(0, &mut [0; 8]).is_ok()
+            };
             // SAFETY: it ends the child without its destructors.
-            unsafe { libc::_exit(i32::from(all != [true; 6])) }
+            unsafe { libc::_exit(i32::from(!right)) }
         }
         nix::unistd::ForkResult::Parent { child } => {
             let ended = nix::sys::wait::waitpid(child, None).unwrap();
@@ -387,7 +395,35 @@ fn a_forked_child_opens_the_pool_anew() {
             assert_eq!(ended, fine);
         }
     }
-    drop(pool.create("b", MIB2, plain()).unwrap());
+    fill(&a, 1);
+    let other = open();
+    other.remove("a").unwrap();
+    fill(&other.create("b", MIB2, plain()).unwrap(), 2);
+    assert_eq!(sum(&a), 1);
+    drop((heap, a));
+    assert_eq!(other.reclaim().unwrap(), MIB2);
+}
+
+fn fork(drops: bool) {
+    let (pool, dir) = file_pool(8);
+    drop(pool);
+    let mut role = ChildRole::test("role_fork")
+        .start(&(dir.path().join("pool"), drops))
+        .unwrap();
+    assert!(role.wait().unwrap().success());
+}
+
+/// A child that forgot what it had been given ended its parent's lease.
+#[test]
+fn what_a_forked_child_drops_its_parent_keeps() {
+    fork(true);
+}
+
+/// The locks of a forked process are those of its parent: the two wrote to the log at once, and to the
+/// heap.
+#[test]
+fn a_forked_child_opens_the_pool_anew() {
+    fork(false);
 }
 
 /// `overwrite` gave what somebody had attached to others.

@@ -80,8 +80,8 @@
 //!
 //! Two equal halves of 128 bytes. A half is valid if its crc is right, and its turn, epoch and
 //! sequence are the expected ones; an entry is valid if one of its halves is, and that one mends the
-//! other. The log ends at the first entry that is not valid; if any behind it in the arena is valid,
-//! or if it belongs to the checkpoint, the log is damaged.
+//! other. The log ends at the first entry that is not valid; if one of the 256 behind it in the arena is
+//! valid, or if it belongs to the checkpoint, the log is damaged.
 //!
 //! ```text
 //! 0    8  sequence
