@@ -15,7 +15,7 @@ use crate::pool::{PATIENCE, Shared, locked};
 
 impl Shared {
     /// The leases of this host, where this handle may write them.
-    fn own_table(&self) -> Option<Table<'_>> {
+    pub(crate) fn own_table(&self) -> Option<Table<'_>> {
         let seed = self.log.seed;
         if self.log.superblock.hosts == 1 {
             return None;
@@ -53,11 +53,12 @@ impl Shared {
         self.log.refresh(&mut state)?;
         let evicted = state.catalog.evicted(self.host.0);
         if let Some(nonce) = evicted
-            && table.head()?.is_none_or(|head| head.nonce == nonce)
+            && table.head()?.is_some_and(|head| head.nonce == nonce)
         {
             table.renew(nonce.wrapping_add(1))?;
             return Ok(());
         }
+        self.mend_leases(&table, &state.catalog, &locked(&self.attached))?;
         table.clear(|generation| Ok(!lease::is_attached_elsewhere(fd, generation)?))
     }
 

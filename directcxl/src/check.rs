@@ -1,13 +1,18 @@
 //! Looking at everything a pool has, and mending what has a copy.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::Weak;
 
 use crate::backend::Health;
+use crate::catalog::Catalog;
 use crate::error::Result;
 use crate::host::HostId;
-use crate::layout::{HostState, Lease};
+use crate::layout::Lease;
+use crate::lease::{self, Table};
 use crate::log::State;
-use crate::pool::{Pool, locked};
+use crate::namespace::Inner;
+use crate::pool::{PATIENCE, Pool, Shared, locked};
 use crate::superblock;
 
 /// What a check found.
@@ -146,9 +151,15 @@ impl Pool {
             let host = writer.shared.host.0;
             let mut mended = superblock::mend(log)?;
             let own = log.record_and_copies(host)?;
-            if own.differing > 0 && own.record.state != HostState::Idle {
+            if own.differing > 0 {
                 log.write_record(&own.record)?;
                 mended += own.differing;
+            }
+            if let Some(table) = writer.shared.own_table() {
+                let shared = writer.shared;
+                let attached = locked(&shared.attached);
+                let _lock = lease::lock_table(shared.backend.as_fd(), PATIENCE)?;
+                mended += shared.mend_leases(&table, &writer.state.catalog, &attached)?;
             }
             let damaged = std::mem::take(&mut writer.state.damaged);
             for index in damaged {
@@ -163,6 +174,31 @@ impl Pool {
                 tracing::warn!(mended, "damaged structures were written from their copies");
             }
             Ok(mended)
+        })
+    }
+}
+
+impl Shared {
+    /// Writes the damaged leases of this host anew; how many. The table is locked.
+    pub(crate) fn mend_leases(
+        &self,
+        table: &Table<'_>,
+        catalog: &Catalog,
+        attached: &HashMap<u64, Vec<Weak<Inner>>>,
+    ) -> Result<usize> {
+        let evicted = catalog.evicted(self.host.0);
+        let nonce = evicted.map_or(1, |nonce| nonce.wrapping_add(1));
+        table.mend(self.host, nonce, || {
+            let items = catalog.items().map(|(generation, _)| generation);
+            let gone = catalog.quarantine().map(|(generation, _)| generation);
+            let mut held = Vec::new();
+            for generation in items.chain(gone) {
+                let here = attached.get(&generation).is_some_and(|all| !all.is_empty());
+                if here || lease::is_attached_elsewhere(self.backend.as_fd(), generation)? {
+                    held.push(generation);
+                }
+            }
+            Ok(held)
         })
     }
 }

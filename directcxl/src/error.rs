@@ -71,9 +71,21 @@ pub enum Error {
         namespace: String,
     },
 
-    /// What is on the medium contradicts itself, and no copy of it is left.
+    /// What a heap has written down of itself contradicts itself. It has no copy.
     #[error(
-        "{place}: {what} is damaged beyond its copy: restore it from a backup, or format it anew"
+        "the heap in namespace {namespace:?} is damaged: {what}; what its roots name can still be read, to be copied out before `Heap::format` makes it anew"
+    )]
+    CorruptHeap {
+        /// The namespace that it is in.
+        namespace: String,
+        /// What is damaged.
+        what: &'static str,
+    },
+
+    /// What is on the medium contradicts itself, and no copy of it is left.
+    /// [`Pool::salvage`](crate::Pool::salvage) lists what is.
+    #[error(
+        "{place}: {what} is damaged beyond its copy; `directcxl check` lists what can still be read, to be copied out before it is formatted anew"
     )]
     Corrupt {
         /// The device or file.

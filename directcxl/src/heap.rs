@@ -54,7 +54,8 @@ const TAKEN: u8 = 129;
 /// How a heap is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeapOptions {
-    /// The smallest block: a power of two, at least 64 bytes. Each costs a byte besides.
+    /// The smallest block: a power of two, from 64 bytes to a quarter of the namespace. Each costs a
+    /// byte besides.
     pub smallest: ByteSize,
 }
 
@@ -115,7 +116,7 @@ impl Heap {
                 start: 0,
                 end: smallest,
                 length: namespace.length(),
-                why: "the smallest block is a power of two of at least 64 bytes",
+                why: "the smallest block is a power of two from 64 bytes to a quarter of the namespace",
             });
         }
         let shift = smallest.trailing_zeros();
@@ -138,7 +139,7 @@ impl Heap {
     /// The heap that a namespace holds.
     ///
     /// # Errors
-    /// [`Error::NotAHeap`] where it holds none.
+    /// [`Error::NotAHeap`] where it holds none, [`Error::CorruptHeap`] where it is damaged.
     pub fn open(namespace: &Namespace) -> Result<Self> {
         let length = namespace.length().get();
         let mut bytes = [0; 32];
@@ -165,10 +166,10 @@ impl Heap {
             });
         }
         if !possible {
-            return Err(Error::corrupt(
-                &format!("namespace {:?}", namespace.name()),
-                "the head of a heap (or something else is there)",
-            ));
+            return Err(Error::CorruptHeap {
+                namespace: namespace.name().to_owned(),
+                what: "its head is none (or something else is there)",
+            });
         }
         Ok(Self {
             namespace: namespace.clone(),
@@ -263,7 +264,7 @@ impl Heap {
     /// Walks the whole heap: every free list, and the map. Finds what contradicts itself.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] where something does.
+    /// [`Error::CorruptHeap`] where something does.
     pub fn check(&self) -> Result<HeapStats> {
         let _thread = self.lock_thread();
         let _process = self.lock_process()?;
@@ -316,7 +317,7 @@ impl Heap {
             return Err(self.corrupt("a free block is in no list"));
         }
         if redo.get(USED)? != stats.used.get() {
-            return Err(self.corrupt("the number of bytes in use"));
+            return Err(self.corrupt("the number of bytes in use is wrong"));
         }
         Ok(stats)
     }
@@ -345,13 +346,18 @@ impl Heap {
         let _process = self.lock_process()?;
         let mut redo = Redo::begin(&*self.namespace.inner.medium, RECORD_AT)?;
         let done = work(&mut redo)?;
+        if !redo.fits() {
+            return Err(self.corrupt("a free list is torn"));
+        }
         redo.commit()?;
         Ok(done)
     }
 
-    fn corrupt(&self, what: &str) -> Error {
-        let place = format!("the heap in namespace {:?}", self.namespace.name());
-        Error::corrupt(&place, what)
+    fn corrupt(&self, what: &'static str) -> Error {
+        Error::CorruptHeap {
+            namespace: self.namespace.name().to_owned(),
+            what,
+        }
     }
 
     /// Writes an empty heap. The head last: before it is there, there is no heap.
@@ -557,7 +563,7 @@ impl Heap {
         let used = redo.get(USED)?;
         let used = used
             .checked_sub(bytes)
-            .ok_or_else(|| self.corrupt("the number of bytes in use"))?;
+            .ok_or_else(|| self.corrupt("the number of bytes in use is wrong"))?;
         redo.set(USED, used);
         self.set_mark(redo, block, 0)?;
         while order + 1 < ORDERS {

@@ -32,9 +32,6 @@ impl Table<'_> {
         let range = at..at + bytes.len() as u64;
         self.medium.invalidate(range, Step::AcquireLease)?;
         self.medium.load(at, &mut bytes)?;
-        if bytes.iter().all(|byte| *byte == 0) {
-            return Ok(Some(LeaseHead { nonce: 0, used: 0 }));
-        }
         Ok(LeaseHead::decode(&bytes, self.seed))
     }
 
@@ -44,6 +41,16 @@ impl Table<'_> {
         self.medium.store(at, &bytes)?;
         self.medium
             .write_back(at..at + bytes.len() as u64, Step::Lease)
+    }
+
+    /// A head that says nothing of what is free.
+    fn write_head_anew(&self, nonce: u64) -> Result<LeaseHead> {
+        let head = LeaseHead {
+            nonce: nonce.max(1),
+            used: LEASES as u32,
+        };
+        self.write_head(head)?;
+        Ok(head)
     }
 
     /// Every slot that may be in use.
@@ -72,11 +79,7 @@ impl Table<'_> {
     pub(crate) fn insert(&self, generation: u64, host: HostId, nonce: u64) -> Result<u64> {
         let head = match self.head()? {
             Some(head) => head,
-            None => {
-                let used = LEASES as u32;
-                self.write_head(LeaseHead { nonce, used })?;
-                LeaseHead { nonce, used }
-            }
+            None => self.write_head_anew(nonce)?,
         };
         let slots = self.slots()?;
         if slots.contains(&Lease::Of(generation)) {
@@ -101,14 +104,56 @@ impl Table<'_> {
         Ok(head.nonce)
     }
 
-    /// Clears every slot of which `is_over` says so, and damaged ones. The table is locked.
+    /// Writes anew what is damaged, with `nonce` where the head is, and what is lost of the leases that
+    /// the kernel knows of, `held`; how much. The table is locked.
+    pub(crate) fn mend(
+        &self,
+        host: HostId,
+        nonce: u64,
+        held: impl FnOnce() -> Result<Vec<u64>>,
+    ) -> Result<usize> {
+        let head = self.head()?;
+        let is_damaged = |slot: &Lease| *slot == Lease::Damaged;
+        if head.is_some() && !self.slots()?.iter().any(is_damaged) {
+            return Ok(0);
+        }
+        let nonce = head.map_or(nonce, |head| head.nonce);
+        let all = self.write_head_anew(nonce)?;
+        let mut slots = self.slots()?;
+        let damaged = slots.iter().filter(|slot| is_damaged(slot)).count();
+        // A damaged slot holds everything until what it may have held has a slot again.
+        for generation in held()? {
+            if slots.contains(&Lease::Of(generation)) {
+                continue;
+            }
+            let free = slots.iter().position(|slot| *slot == Lease::Free);
+            let slot = free
+                .or_else(|| slots.iter().position(is_damaged))
+                .ok_or(Error::TooManyLeases { host, most: LEASES })?;
+            slots[slot] = Lease::Of(generation);
+            self.write(slot, slots[slot])?;
+        }
+        for (i, slot) in slots.iter_mut().enumerate() {
+            if is_damaged(slot) {
+                *slot = Lease::Free;
+                self.write(i, *slot)?;
+            }
+        }
+        let last = slots.iter().rposition(|slot| *slot != Lease::Free);
+        self.write_head(LeaseHead {
+            used: last.map_or(0, |last| last as u32 + 1),
+            ..all
+        })?;
+        Ok(damaged + usize::from(head.is_none()))
+    }
+
+    /// Clears every slot of which `is_over` says so. The table is locked.
     pub(crate) fn clear(&self, mut is_over: impl FnMut(u64) -> Result<bool>) -> Result<()> {
         for (i, slot) in self.slots()?.into_iter().enumerate() {
             let over = match slot {
-                Lease::Free => false,
+                // Whose a damaged one is nobody knows: it is for `mend`.
+                Lease::Free | Lease::Damaged => false,
                 Lease::Of(generation) => is_over(generation)?,
-                // The processes that wrote it are here: the kernel's locks say what is in use.
-                Lease::Damaged => true,
             };
             if over {
                 self.write(i, Lease::Free)?;
@@ -119,12 +164,15 @@ impl Table<'_> {
 
     /// Clears everything, and begins anew under another nonce. The table is locked.
     pub(crate) fn renew(&self, nonce: u64) -> Result<LeaseHead> {
-        let zeroes = vec![0; LEASES * Lease::SIZE];
+        let free = Lease::Free.encode().repeat(LEASES);
         let at = self.area + LEASE_SLOTS;
-        self.medium.store(at, &zeroes)?;
+        self.medium.store(at, &free)?;
         self.medium
-            .write_back(at..at + zeroes.len() as u64, Step::Lease)?;
-        let head = LeaseHead { nonce, used: 0 };
+            .write_back(at..at + free.len() as u64, Step::Lease)?;
+        let head = LeaseHead {
+            nonce: nonce.max(1),
+            ..LeaseHead::FIRST
+        };
         self.write_head(head)?;
         Ok(head)
     }

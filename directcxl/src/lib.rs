@@ -74,6 +74,7 @@ pub mod medium;
 mod namespace;
 mod pool;
 mod redo;
+mod salvage;
 mod space;
 mod superblock;
 mod take_over;
@@ -87,6 +88,7 @@ pub use heap::{Heap, HeapOptions};
 pub use host::{Epoch, HostId, Role};
 pub use namespace::{Contents, Handle, Namespace, NamespaceInfo, NamespaceOptions};
 pub use pool::{Pool, PoolInfo};
+pub use salvage::{Salvage, Salvaged};
 pub use superblock::FormatOptions;
 
 #[doc(no_inline)]

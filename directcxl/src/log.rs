@@ -10,6 +10,8 @@ use crate::layout::{ENTRY, Entry, HALF, HostState, Operation, RECORDS, Record, S
 use crate::medium::Medium;
 use crate::{Epoch, HostId};
 
+/// What is lost at once where a page is.
+const PAGE: u64 = 4096;
 /// How far behind the end of a log is looked for entries that damaged ones hide: sixteen pages. What
 /// is lost at once is a line, or a page of sixteen entries.
 const LOOK_AHEAD: u64 = 256;
@@ -61,15 +63,6 @@ pub(crate) struct Records {
     pub(crate) differing: usize,
 }
 
-/// What a place where a copy of a record should be holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stored {
-    Valid(Record),
-    /// It was never written, or is lost.
-    Zeroes,
-    Damaged,
-}
-
 /// An entry that was read.
 pub(crate) struct Read {
     pub(crate) entry: Entry,
@@ -100,20 +93,15 @@ impl Log {
         Error::corrupt(&self.place, what)
     }
 
-    /// One copy of a record.
-    fn copy(&self, host: u16, copy: usize) -> Result<Stored> {
+    /// One copy of a record, if it is valid.
+    fn copy(&self, host: u16, copy: usize) -> Result<Option<Record>> {
         let at = self.superblock.area(host) + RECORDS[copy];
         let mut bytes = [0; Record::SIZE];
         let line = at..at + Record::SIZE as u64;
         self.medium.invalidate(line, Step::AcquireRecord)?;
         self.medium.load(at, &mut bytes)?;
-        if bytes.iter().all(|byte| *byte == 0) {
-            return Ok(Stored::Zeroes);
-        }
         let record = Record::decode(&bytes, self.seed);
-        Ok(record
-            .filter(|record| record.host == host)
-            .map_or(Stored::Damaged, Stored::Valid))
+        Ok(record.filter(|record| record.host == host))
     }
 
     /// A host's record. The first copy is written first: where it is valid it is the later one.
@@ -121,15 +109,10 @@ impl Log {
         // A line that is read while it is written is neither: the second look finds it whole, or
         // finds that a crash left it so.
         for _ in 0..2 {
-            let first = self.copy(host, 0)?;
-            if let Stored::Valid(record) = first {
-                return Ok(record);
-            }
-            match (first, self.copy(host, 1)?) {
-                (_, Stored::Valid(record)) => return Ok(record),
-                // It was never written, or not to the end.
-                (_, Stored::Zeroes) => return Ok(Record::idle(host)),
-                (_, Stored::Damaged) => {}
+            for copy in 0..2 {
+                if let Some(record) = self.copy(host, copy)? {
+                    return Ok(record);
+                }
             }
         }
         Err(self.corrupt(format!("the record of {}", HostId(host))))
@@ -140,12 +123,7 @@ impl Log {
         let record = self.record(host)?;
         let mut differing = 0;
         for copy in 0..2 {
-            let same = match self.copy(host, copy)? {
-                Stored::Valid(found) => found == record,
-                Stored::Zeroes => record == Record::idle(host),
-                Stored::Damaged => false,
-            };
-            differing += usize::from(!same);
+            differing += usize::from(self.copy(host, copy)? != Some(record));
         }
         Ok(Records { record, differing })
     }
@@ -251,6 +229,14 @@ impl Log {
     /// Begins a new arena of `host` with what `state` says, for `epoch`. Until the record is written
     /// the old arena holds.
     pub(crate) fn begin_turn(&self, state: &mut State, host: u16, epoch: Epoch) -> Result<()> {
+        // One at least has to be left, or nothing could ever be removed again.
+        let weight = state.catalog.weight();
+        if weight >= self.superblock.entries {
+            let most = self.superblock.entries;
+            let what =
+                format!("the log, which names {weight} extents in arenas of {most} entries,");
+            return Err(self.corrupt(what));
+        }
         let own = self.record(host)?;
         let next = |number: u64| {
             let last = || self.corrupt(format!("the record of {}", HostId(host)));
@@ -262,8 +248,7 @@ impl Log {
             turn: next(own.turn)?,
             first_sequence: state.sequence(),
             next_generation: state.catalog.next_generation(),
-            checkpoint: u32::try_from(state.catalog.weight())
-                .map_err(|_| self.corrupt("the catalog"))?,
+            checkpoint: u32::try_from(weight).map_err(|_| self.corrupt("the catalog"))?,
             host,
             state: HostState::Active,
         };
@@ -339,11 +324,7 @@ impl Log {
             if read.is_none() {
                 let hidden = index < state.record.checkpoint.into()
                     || match seen {
-                        Seen::Before => {
-                            let next = index + 1;
-                            next < self.superblock.entries
-                                && self.read(&state.record, next)?.is_some()
-                        }
+                        Seen::Before => self.is_any_near(&state.record, index)?,
                         Seen::Never => self.any_behind(&state.record, index + 1)?,
                     };
                 if !hidden {
@@ -367,6 +348,19 @@ impl Log {
             }
         }
         Ok(())
+    }
+
+    /// Whether the entry behind `index` is valid, or the first one of the next page: of a line or a
+    /// page that was lost since, and of nothing larger, one of them tells.
+    fn is_any_near(&self, record: &Record, index: u64) -> Result<bool> {
+        let at = self.superblock.entry(record.host, record.turn, index);
+        let page = at / PAGE * PAGE + PAGE;
+        for near in [index + 1, index + (page - at).div_ceil(ENTRY)] {
+            if near < self.superblock.entries && self.read(record, near)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether any entry from `index` on is valid, as far as is looked.

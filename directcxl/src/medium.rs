@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{self, Ordering};
 
 use carlsbad_types::ByteSize;
 use memmap2::{MmapOptions, MmapRaw};
@@ -49,7 +50,7 @@ pub trait Medium: fmt::Debug + Send + Sync {
     fn store(&self, offset: u64, bytes: &[u8]) -> Result<()>;
 
     /// Writes the lines of `range` from this host's caches to memory, and waits until they are
-    /// there. `step` says what for.
+    /// there. `step` says what for. No load that comes after it is made before.
     ///
     /// # Errors
     /// For a range outside, where the memory is gone, and where the backend writes to a disk that
@@ -228,7 +229,7 @@ impl Medium for Memory {
         unsafe { fault::copy(to, bytes.as_ptr(), bytes.len()) }.map_err(|why| self.fault(why))
     }
 
-    fn write_back(&self, range: Range<u64>, _: Step) -> Result<()> {
+    fn write_back(&self, range: Range<u64>, step: Step) -> Result<()> {
         let start = self.at(&range)?;
         let length = (range.end - range.start) as usize;
         if self.write_back {
@@ -241,6 +242,15 @@ impl Medium for Memory {
                 .flush_range(range.start as usize, length)
                 .map_err(Error::io("write back", self.backend.place()))?;
         }
+        // Whoever stores one of these looks next what others have stored, and relies on one of the
+        // two seeing the other. A processor lets loads overtake stores, also those that `sfence` has
+        // put in order.
+        if matches!(
+            step,
+            Step::RecordFirst | Step::RecordSecond | Step::Entry | Step::Lease
+        ) {
+            atomic::fence(Ordering::SeqCst);
+        }
         Ok(())
     }
 
@@ -252,5 +262,78 @@ impl Medium for Memory {
             unsafe { arch::invalidate(start, length) }.map_err(|why| self.fault(why))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use carlsbad_types::ByteSize;
+
+    use super::{Access, Medium};
+    use crate::MemfdHdm;
+    use crate::backend::{Backend, Coherence};
+    use crate::flush::Step;
+
+    /// How often, of `rounds` in which each of two stores what the other then loads, neither sees the
+    /// other.
+    fn missed(medium: &dyn Medium, steps: [Step; 2], rounds: u64) -> u64 {
+        let turn = AtomicU64::new(0);
+        let seen = [const { AtomicU64::new(0) }; 2];
+        let meet = |goal: u64| {
+            turn.fetch_add(1, Ordering::SeqCst);
+            while turn.load(Ordering::SeqCst) < goal {
+                std::hint::spin_loop();
+            }
+        };
+        let side = |mine: usize| {
+            let mut missed = 0;
+            let at = |side: usize| 4096 * side as u64;
+            for round in 1..=rounds {
+                meet(4 * round - 2);
+                medium.store(at(mine), &round.to_le_bytes()).unwrap();
+                medium
+                    .write_back(at(mine)..at(mine) + 8, steps[mine])
+                    .unwrap();
+                let mut other = [0; 8];
+                medium.load(at(1 - mine), &mut other).unwrap();
+                let other = u64::from_le_bytes(other);
+                seen[mine].store(other, Ordering::SeqCst);
+                meet(4 * round);
+                missed += u64::from(seen.iter().all(|seen| seen.load(Ordering::SeqCst) < round));
+            }
+            missed
+        };
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| side(1));
+            side(0).max(other.join().unwrap())
+        })
+    }
+
+    fn memory() -> Box<dyn Medium> {
+        let memory = MemfdHdm::new(ByteSize::mib(2))
+            .unwrap()
+            .coherence(Coherence::Hardware);
+        let backend: Arc<dyn Backend> = Arc::new(memory);
+        backend.map(0..2 << 20, Access::Write, true).unwrap()
+    }
+
+    /// Of a claim and an entry one is seen, of a removal and a lease as well.
+    #[test]
+    fn of_two_that_store_and_then_look_one_sees_the_other() {
+        let medium = memory();
+        for steps in [
+            [Step::Entry, Step::RecordSecond],
+            [Step::Entry, Step::Lease],
+            [Step::RecordFirst, Step::RecordSecond],
+        ] {
+            assert_eq!(missed(&*medium, steps, 100_000), 0, "{steps:?}");
+        }
+        // What nobody relies on shows that they could miss each other, where two processors run at
+        // once.
+        let unordered = missed(&*medium, [Step::Publish; 2], 100_000);
+        println!("without order {unordered} of 100000 missed each other");
     }
 }

@@ -4,7 +4,7 @@
 //! first. When the record is in memory they are changed in place, and then the record is retired.
 //! Whoever finds a record that is not retired does the rest: doing it twice is doing it once.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::flush::Step;
 use crate::medium::Medium;
 
@@ -74,15 +74,17 @@ impl<'a> Redo<'a> {
         }
     }
 
-    /// Makes the changes, all of them.
+    /// Whether a record can hold the changes.
+    pub(crate) fn fits(&self) -> bool {
+        self.changed.len() <= MOST
+    }
+
+    /// Makes the changes, all of them, which fit.
     pub(crate) fn commit(mut self) -> Result<()> {
         if self.changed.is_empty() {
             return Ok(());
         }
         let count = self.changed.len();
-        if count > MOST {
-            return Err(Error::corrupt("a heap", "the free lists"));
-        }
         let mut bytes = Vec::with_capacity(8 + count * 16);
         bytes.extend_from_slice(&[0; 8]);
         for (place, value) in &self.changed {

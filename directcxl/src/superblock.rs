@@ -10,8 +10,9 @@ use crate::error::{Error, Result};
 use crate::flush::Step;
 use crate::host::{Epoch, Role};
 use crate::layout::{
-    ARENAS, ENTRY, EXTENT, Found, HostState, LEAST_ENTRIES, LOCK_APPEND, MAGIC, MOST_HOSTS,
-    RECORDS, Record, SUPERBLOCKS, Superblock, VERSION,
+    ARENAS, ENTRY, EXTENT, Found, HostState, LEASE_HEAD, LEASE_SLOTS, LEASES, LEAST_ENTRIES,
+    LOCK_APPEND, Lease, LeaseHead, MAGIC, MOST_HOSTS, RECORDS, Record, SUPERBLOCKS, Seed,
+    Superblock, VERSION,
 };
 use crate::lease;
 use crate::lock::{self, Kind};
@@ -97,20 +98,17 @@ impl Pool {
         // A crash from here on leaves no pool, until the new superblock is there.
         for (at, step) in copies() {
             let end = at + PAGE as u64;
-            medium.store(at, &[0; PAGE])?;
+            // The mark first: without it what is half made would be somebody's data.
+            medium.store(at, &Superblock::unfinished())?;
+            medium.store(at + Superblock::SIZE as u64, &[0; PAGE - Superblock::SIZE])?;
             medium.write_back(at..end, step)?;
         }
-        let zeroes = vec![0; ARENAS as usize];
         for host in 0..superblock.hosts {
             let area = superblock.area(host);
-            medium.store(area, &zeroes)?;
+            medium.store(area, &new_area(host, superblock.seed()))?;
             medium.write_back(area..area + ARENAS, Step::Arena)?;
         }
         let log = Log::new(medium, superblock, place);
-        // Each with a copy from the beginning: zeroes are what a lost line looks like.
-        for host in (0..superblock.hosts).filter(|host| *host != backend.host().0) {
-            log.write_record(&Record::idle(host))?;
-        }
         // An arena that was used before has entries of another incarnation, which are none.
         log.write_record(&Record {
             generation: 1,
@@ -123,6 +121,23 @@ impl Pool {
         drop((log, alone));
         Self::open_shared(backend, Role::Writer(Epoch::CURRENT))
     }
+}
+
+/// What the area of a host begins with that has never used the pool.
+fn new_area(host: u16, seed: Seed) -> Vec<u8> {
+    let free = Lease::Free.encode().repeat(LEASES);
+    let record = Record::idle(host).encode(seed);
+    let head = LeaseHead::FIRST.encode(seed);
+    let mut bytes = vec![0; ARENAS as usize];
+    let mut put = |at: u64, what: &[u8]| {
+        bytes[at as usize..at as usize + what.len()].copy_from_slice(what);
+    };
+    for at in RECORDS {
+        put(at, &record);
+    }
+    put(LEASE_HEAD, &head);
+    put(LEASE_SLOTS, &free);
+    bytes
 }
 
 /// Where the copies go, and what each is flushed for.
@@ -250,6 +265,7 @@ fn head(backend: &Arc<dyn Backend>) -> Result<Box<dyn Medium>> {
 fn refuse_what_is_there(backend: &Arc<dyn Backend>, planned: &Superblock) -> Result<()> {
     let head = head(backend)?;
     let place = backend.place();
+    let mut is_unfinished = false;
     for at in SUPERBLOCKS {
         match copy(&*head, at)? {
             Found::Valid(superblock) => {
@@ -257,24 +273,21 @@ fn refuse_what_is_there(backend: &Arc<dyn Backend>, planned: &Superblock) -> Res
                 return Err(Error::Live { place, pool });
             }
             Found::OtherVersion(_) => return Err(Error::Foreign { place }),
+            Found::Unfinished => is_unfinished = true,
             Found::Nothing | Found::Damaged => {}
         }
     }
     drop(head);
+    // Whatever was there was to be lost.
+    if is_unfinished {
+        return Ok(());
+    }
     let everything = 0..planned.data_start();
     let medium = Arc::clone(backend).map(everything.clone(), Access::Read, false)?;
     let mut bytes = vec![0; PIECE as usize];
     for from in everything.step_by(PIECE as usize) {
         medium.invalidate(from..from + PIECE, Step::AcquireSuperblock)?;
         medium.load(from, &mut bytes)?;
-        // A pool that was not finished has a record already, which is written before the superblock.
-        for host in 0..planned.hosts {
-            for at in RECORDS.map(|at| planned.area(host) + at) {
-                if let Some(at) = at.checked_sub(from).filter(|at| *at < PIECE) {
-                    bytes[at as usize..at as usize + Record::SIZE].fill(0);
-                }
-            }
-        }
         if bytes.iter().any(|byte| *byte != 0) {
             return Err(Error::Foreign { place });
         }
@@ -303,6 +316,10 @@ pub(crate) fn read(backend: &Arc<dyn Backend>) -> Result<Superblock> {
             version: *version,
             known: VERSION,
         });
+    }
+    if found.contains(&Found::Unfinished) {
+        let why = "its formatting was not finished";
+        return Err(Error::NotAPool { place, why });
     }
     if found == [Found::Nothing; 2] {
         let why = "there is no superblock";

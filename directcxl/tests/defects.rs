@@ -19,7 +19,10 @@ use carlsbad_types::ByteSize;
 use common::{MIB2, file_pool, fill, memory, pool, pool_of, sum};
 use directcxl::backend::Backend;
 use directcxl::heap::{Heap, HeapOptions};
-use directcxl::layout::{ARENAS, ENTRY, EXTENT, HostState, RECORDS, Record, Seed};
+use directcxl::layout::{
+    ARENAS, ENTRY, EXTENT, Entry, Extent, HostState, LEASE_HEAD, LEASE_SLOTS, LeaseHead, Operation,
+    RECORDS, Record, Seed,
+};
 use directcxl::{
     Epoch, Error, FileHdm, FormatOptions, HostId, MemfdHdm, NamespaceOptions, Pool, Role,
 };
@@ -89,9 +92,100 @@ fn a_first_copy_of_a_record_that_is_zeroes_is_mended_from_the_second() {
     assert_eq!(names, ["new"]);
     drop(new);
     // The control: with the second copy gone as well it is lost, and said to be.
-    file.write_all_at(&[0; 64], first(1)).unwrap();
-    file.write_all_at(&[0xff; 64], first(1) + 4096).unwrap();
-    assert!(matches!(pool.list(), Err(Error::Corrupt { .. })));
+    for (one, two) in [(0, 0xff), (0xff, 0), (0, 0)] {
+        file.write_all_at(&[one; 64], first(1)).unwrap();
+        file.write_all_at(&[two; 64], first(1) + 4096).unwrap();
+        assert!(matches!(pool.list(), Err(Error::Corrupt { .. })));
+    }
+}
+
+/// Zeroes were a host that is attached to nothing: what it was attached to was given to others. Other
+/// damage to a slot was cleared by the first process of the host that came along, whoever else of it
+/// was attached.
+#[test]
+fn leases_that_are_lost_give_nothing_away() {
+    let head = 2 * EXTENT + LEASE_HEAD;
+    let slot = 2 * EXTENT + LEASE_SLOTS;
+    for (at, bytes) in [
+        (head, vec![0; 16]),
+        (head, vec![0xff; 16]),
+        (slot, vec![0; 16]),
+        (slot, vec![0xff; 16]),
+        (head, vec![0; 64]),
+        (head, vec![0; 4096]),
+    ] {
+        let (pool, again) = pool_of(8, 2);
+        let a = pool.create("a", MIB2, plain()).unwrap();
+        let at_a = a.handle().offset;
+        drop(a);
+        let other = Pool::open(again(1), Role::Reader).unwrap();
+        let attached = other.attach("a").unwrap();
+        let file = file_at(&again);
+        let damage = || file.write_all_at(&bytes, at).unwrap();
+        damage();
+        assert!(!pool.check().is_ok(), "{at} {bytes:?}");
+        pool.remove("a").unwrap();
+        // Kept in quarantine, also when a further process of that host has mended what it could, and
+        // when one of its others has begun and ended to be attached to something else.
+        drop(pool.create("b", MIB2, plain()).unwrap());
+        assert_eq!(pool.reclaim().unwrap(), ByteSize::ZERO, "{at} {bytes:?}");
+        drop(other.attach("b").unwrap());
+        assert_eq!(pool.reclaim().unwrap(), ByteSize::ZERO, "{at} {bytes:?}");
+        let further = Pool::open(again(1), Role::Reader).unwrap();
+        assert!(pool.check().is_ok(), "{:?}", pool.check());
+        drop(further.attach("b").unwrap());
+        assert_eq!(pool.reclaim().unwrap(), ByteSize::ZERO, "{at} {bytes:?}");
+        damage();
+        drop((attached, other, further));
+        // What nobody uses is given back when a process of that host has looked.
+        drop(Pool::open(again(1), Role::Reader).unwrap());
+        assert_eq!(pool.reclaim().unwrap(), MIB2, "{at} {bytes:?}");
+        assert_eq!(
+            pool.create("c", MIB2, plain()).unwrap().handle().offset,
+            at_a
+        );
+    }
+}
+
+/// The nonce after the last one overflowed.
+#[test]
+fn a_lease_head_with_the_last_nonce_is_an_ordinary_one() {
+    let (pool, again) = pool_of(8, 2);
+    let a = pool.create("a", MIB2, plain()).unwrap();
+    let seed = Seed::of(a.handle().incarnation);
+    drop(a);
+    let wild = LeaseHead {
+        nonce: u64::MAX,
+        used: u32::MAX,
+    };
+    file_at(&again)
+        .write_all_at(&wild.encode(seed), 2 * EXTENT + LEASE_HEAD)
+        .unwrap();
+    pool.evict(HostId(1)).unwrap();
+    let other = Pool::open(again(1), Role::Writer(Epoch(2))).unwrap();
+    let attached = other.attach("a").unwrap();
+    let pool = Pool::open(again(0), Role::Writer(Epoch(3))).unwrap();
+    pool.remove("a").unwrap();
+    assert_eq!(pool.reclaim().unwrap(), ByteSize::ZERO);
+    drop(attached);
+    assert_eq!(pool.reclaim().unwrap(), MIB2);
+}
+
+/// The writer's own leases are its to mend.
+#[test]
+fn a_writer_mends_its_leases() {
+    let (pool, again) = pool_of(8, 2);
+    let a = pool.create("a", MIB2, plain()).unwrap();
+    let file = file_at(&again);
+    file.write_all_at(&[0; 4096], EXTENT + LEASE_HEAD).unwrap();
+    assert!(!pool.check().is_ok());
+    assert!(pool.repair().unwrap() > 0);
+    assert!(pool.check().is_ok(), "{:?}", pool.check());
+    let taker = Pool::open(again(1), Role::Writer(Epoch(2))).unwrap();
+    taker.remove("a").unwrap();
+    assert_eq!(taker.reclaim().unwrap(), ByteSize::ZERO);
+    drop(a);
+    assert_eq!(taker.reclaim().unwrap(), MIB2);
 }
 
 /// A page holds sixteen entries, and eight were looked behind: the rest of the log was not there, and
@@ -402,4 +496,195 @@ fn numbers_at_their_end_are_an_error_and_no_panic() {
             );
         }
     }
+}
+
+/// `check` could not open what it was to list, and said to run `check`.
+#[test]
+fn what_is_left_of_a_damaged_pool_is_listed() {
+    let made = || {
+        let (pool, again) = pool_of(8, 2);
+        for name in ["a", "b", "c", "d"] {
+            drop(pool.create(name, MIB2, plain()).unwrap());
+        }
+        pool.remove("b").unwrap();
+        (
+            pool,
+            file_at(&again),
+            Arc::new(again(0)) as Arc<dyn Backend>,
+        )
+    };
+    let names = |left: &directcxl::Salvage| -> Vec<_> {
+        let each = left.namespaces.iter();
+        each.map(|one| (one.info.name.clone(), one.certain))
+            .collect()
+    };
+    let all = |certain: [bool; 3]| -> Vec<_> {
+        let names = ["a", "c", "d"].map(String::from);
+        names.into_iter().zip(certain).collect()
+    };
+    let (pool, _, backend) = made();
+    let whole = Pool::salvage(backend).unwrap();
+    assert_eq!(whole.problems, []);
+    assert_eq!(names(&whole), all([true; 3]));
+    let listed = pool.list().unwrap();
+    assert!(whole.namespaces.iter().map(|one| &one.info).eq(&listed));
+    let arena = EXTENT + ARENAS + FormatOptions::default().entries * ENTRY;
+    let entry = |index: u64| (arena + index * ENTRY, 256);
+    for (lost, expected) in [
+        // "c": "d" lies behind what may have been removed.
+        (vec![entry(2)], vec![("a", false), ("d", true)]),
+        // The removal of "b", of which freeing it is left.
+        (
+            vec![entry(4)],
+            vec![("a", false), ("b", false), ("c", false), ("d", false)],
+        ),
+        // Both copies of the record.
+        (
+            vec![(EXTENT, 64), (EXTENT + 4096, 64)],
+            vec![("a", true), ("c", true), ("d", true)],
+        ),
+        // Of the other host, which never wrote.
+        (
+            vec![(2 * EXTENT, 64), (2 * EXTENT + 4096, 64)],
+            vec![("a", true), ("c", true), ("d", true)],
+        ),
+    ] {
+        for byte in [0, 0xff] {
+            let (pool, file, backend) = made();
+            for (at, length) in &lost {
+                file.write_all_at(&vec![byte; *length], *at).unwrap();
+            }
+            let refused = Pool::open_shared(backend.reopen().unwrap(), Role::Reader);
+            assert!(matches!(refused, Err(Error::Corrupt { .. })), "{refused:?}");
+            let left = Pool::salvage(backend).unwrap();
+            assert!(!left.problems.is_empty());
+            let expected: Vec<_> = expected
+                .iter()
+                .map(|(name, it)| ((*name).to_owned(), *it))
+                .collect();
+            assert_eq!(names(&left), expected, "{lost:?} {:?}", left.problems);
+            drop(pool);
+        }
+    }
+    // The record of a host that had taken over, and begun many arenas.
+    let memory = MemfdHdm::new(ByteSize::mib(32)).unwrap();
+    let fd = memory.as_fd().try_clone_to_owned().unwrap();
+    let options = FormatOptions {
+        hosts: 2,
+        entries: 8,
+        ..FormatOptions::default()
+    };
+    drop(Pool::format(memory, options).unwrap());
+    let again = |host| {
+        let memory = MemfdHdm::from_fd(fd.try_clone().unwrap()).unwrap();
+        memory.on_host(HostId(host))
+    };
+    let pool = Pool::open(again(1), Role::Writer(Epoch(2))).unwrap();
+    for i in 0..50 {
+        drop(pool.create(&format!("n{i}"), MIB2, plain()).unwrap());
+        if i >= 3 {
+            pool.remove(&format!("n{}", i - 3)).unwrap();
+        }
+    }
+    let file: File = fd.try_clone().unwrap().into();
+    for at in RECORDS {
+        file.write_all_at(&[0; 64], 2 * EXTENT + at).unwrap();
+    }
+    let left = Pool::salvage(Arc::new(again(0))).unwrap();
+    let mut found: Vec<_> = names(&left).into_iter().map(|(name, _)| name).collect();
+    found.sort();
+    assert_eq!(found, ["n47", "n48", "n49"]);
+}
+
+/// A writer that had the pool open went on over what was lost meanwhile.
+#[test]
+fn a_page_of_the_log_that_is_lost_meanwhile_is_not_written_over() {
+    for (lost, byte) in [(256, 0xff), (4096, 0), (4096, 0xff)] {
+        let (pool, dir) = file_pool(70);
+        for i in 0..16 {
+            drop(pool.create(&format!("n{i}"), MIB2, plain()).unwrap());
+        }
+        let path = dir.path().join("pool");
+        let again = || FileHdm::open(&path).unwrap();
+        let other = Pool::open(again(), Role::Writer(Epoch::CURRENT)).unwrap();
+        for i in 16..40 {
+            drop(other.create(&format!("n{i}"), MIB2, plain()).unwrap());
+        }
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        let arena = EXTENT + ARENAS + FormatOptions::default().entries * ENTRY;
+        file.write_all_at(&vec![byte; lost], arena + 16 * ENTRY)
+            .unwrap();
+        let refused = pool.create("x", MIB2, plain());
+        assert!(matches!(refused, Err(Error::Corrupt { .. })), "{refused:?}");
+    }
+}
+
+/// What another program wrote left no room for an entry behind the checkpoint: it was written behind
+/// the arena.
+#[test]
+fn a_log_that_leaves_no_room_for_a_removal_is_damaged() {
+    let (pool, again) = full_of_leases(1);
+    let incarnation = pool.attach("0").unwrap().handle().incarnation;
+    let file = file_at(&again);
+    let seed = Seed::of(incarnation);
+    let mut record = [0; Record::SIZE];
+    file.read_exact_at(&mut record, EXTENT).unwrap();
+    let record = Record::decode(&record, seed).unwrap();
+    assert_eq!((record.turn % 2, record.checkpoint), (1, 0));
+    for i in 6..8 {
+        let entry = Entry {
+            sequence: record.first_sequence + i,
+            epoch: record.epoch,
+            turn: record.turn,
+            operation: Operation::Create {
+                generation: 100 + i,
+                extent: Extent {
+                    offset: (20 + i) * EXTENT,
+                    length: EXTENT,
+                },
+                name: i.to_string().into(),
+            },
+        };
+        let half = entry.encode(seed);
+        let at = EXTENT + ARENAS + (8 + i) * ENTRY;
+        file.write_all_at(&[half, half].concat(), at).unwrap();
+    }
+    let mut behind = [1; 4096];
+    let after = EXTENT + ARENAS + 16 * ENTRY;
+    file.write_all_at(&behind, after).unwrap();
+    assert_eq!(pool.list().unwrap().len(), 8);
+    for _ in 0..3 {
+        let refused = pool.remove("0");
+        assert!(matches!(refused, Err(Error::Corrupt { .. })), "{refused:?}");
+    }
+    file.read_exact_at(&mut behind, after).unwrap();
+    assert_eq!(behind, [1; 4096]);
+    assert_eq!(pool.list().unwrap().len(), 8);
+}
+
+/// It was damaged beyond a copy that it never had.
+#[test]
+fn a_damaged_heap_is_said_to_be_one() {
+    let (pool, _again) = pool(4);
+    let a = pool.create("a", MIB2, plain()).unwrap();
+    let none = Heap::open(&a);
+    assert!(matches!(none, Err(Error::NotAHeap { .. })), "{none:?}");
+    let large = HeapOptions {
+        smallest: ByteSize::mib(1),
+    };
+    let refused = Heap::format(&a, large).unwrap_err().to_string();
+    assert!(refused.contains("a quarter of the namespace"), "{refused}");
+    let heap = Heap::format(&a, HeapOptions::default()).unwrap();
+    a.write(24, &[0xff; 8]).unwrap();
+    let damaged = Heap::open(&a);
+    assert!(
+        matches!(damaged, Err(Error::CorruptHeap { .. })),
+        "{damaged:?}"
+    );
+    a.write(8192, &[0; 8]).unwrap();
+    let damaged = heap.check().unwrap_err().to_string();
+    assert!(
+        damaged.contains("roots") && !damaged.contains("copy of it"),
+        "{damaged}"
+    );
 }

@@ -227,6 +227,55 @@ fn a_file_that_is_too_small_for_a_pool_is_not_left_behind() {
     shell.run(0, "format POOL --size 64M");
 }
 
+/// `check` said to run `check`, and nothing else.
+#[test]
+fn check_lists_what_is_left_of_a_damaged_pool() {
+    let shell = Shell::new();
+    shell.run(0, "format POOL --size 32M");
+    for name in ["a", "b", "c"] {
+        shell.run(0, &format!("create POOL {name} 4M"));
+    }
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(shell.pool())
+        .unwrap();
+    let entry = (2 << 20) + 65536 + 3968 * 256 + 256;
+    file.write_all_at(&[0xff; 256], entry).unwrap();
+    // A mark where "c" has its bytes.
+    file.write_all_at(b"these", 12 << 20).unwrap();
+    assert_eq!(shell.error(7, "list POOL"), "damaged");
+    for arguments in ["check POOL", "check POOL --repair"] {
+        let said = shell.run(7, arguments).stdout;
+        let said = String::from_utf8_lossy(&said).into_owned();
+        for words in [
+            "entry 1 of the log is lost",
+            "cannot mend",
+            "skip=6 count=2",
+        ] {
+            assert!(said.contains(words), "{said}");
+        }
+    }
+    let output = shell.run(7, "--json check POOL");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let left = report["salvage"].as_array().unwrap();
+    assert_eq!(left.len(), 2);
+    assert_eq!(
+        (&left[0]["name"], &left[0]["certain"]),
+        (&"a".into(), &false.into())
+    );
+    assert_eq!(
+        (&left[1]["name"], &left[1]["certain"]),
+        (&"c".into(), &true.into())
+    );
+    // As it says: the bytes are there.
+    let copied = Command::new("dd")
+        .arg(format!("if={}", shell.pool().display()))
+        .args(["bs=2M", "skip=6", "count=2", "status=none"])
+        .output()
+        .unwrap();
+    assert!(copied.stdout.len() == 4 << 20 && copied.stdout.starts_with(b"these"));
+}
+
 /// The size was ignored.
 #[test]
 fn a_size_is_for_a_file_that_is_not_there() {

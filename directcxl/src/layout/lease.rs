@@ -16,7 +16,7 @@ struct RawLeaseHead {
 /// The head of a host's leases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LeaseHead {
-    /// New when the host has been evicted.
+    /// New when the host has been evicted; never 0.
     pub nonce: u64,
     /// Slots from this one on are free.
     pub used: u32,
@@ -25,6 +25,9 @@ pub struct LeaseHead {
 impl LeaseHead {
     /// Its bytes.
     pub const SIZE: usize = size_of::<RawLeaseHead>();
+
+    /// Of a host that was never attached to anything.
+    pub const FIRST: Self = Self { nonce: 1, used: 0 };
 
     /// Writes it.
     pub fn encode(&self, seed: Seed) -> [u8; Self::SIZE] {
@@ -41,7 +44,8 @@ impl LeaseHead {
     pub fn decode(bytes: &[u8; Self::SIZE], seed: Seed) -> Option<Self> {
         let mut raw: RawLeaseHead = zerocopy::transmute!(*bytes);
         let crc = std::mem::replace(&mut raw.crc, 0.into());
-        (seed.crc(raw.as_bytes()) == crc.get()).then_some(Self {
+        let valid = seed.crc(raw.as_bytes()) == crc.get() && raw.nonce.get() != 0;
+        valid.then_some(Self {
             nonce: raw.nonce.get(),
             used: raw.used.get(),
         })
@@ -66,11 +70,13 @@ impl Lease {
 
     /// Writes it; a damaged one as free.
     pub fn encode(self) -> [u8; Self::SIZE] {
+        let generation = match self {
+            Self::Of(generation) => generation,
+            Self::Free | Self::Damaged => 0,
+        };
         let mut bytes = [0; Self::SIZE];
-        if let Self::Of(generation) = self {
-            bytes[..8].copy_from_slice(&generation.to_le_bytes());
-            bytes[8..].copy_from_slice(&(!generation).to_le_bytes());
-        }
+        bytes[..8].copy_from_slice(&generation.to_le_bytes());
+        bytes[8..].copy_from_slice(&(!generation).to_le_bytes());
         bytes
     }
 
@@ -79,9 +85,9 @@ impl Lease {
         let (pair, _): (&[[u8; 8]], _) = bytes.as_chunks::<8>();
         let (generation, complement) = (u64::from_le_bytes(pair[0]), u64::from_le_bytes(pair[1]));
         match generation {
-            0 if complement == 0 => Self::Free,
-            _ if generation == !complement => Self::Of(generation),
-            _ => Self::Damaged,
+            _ if generation != !complement => Self::Damaged,
+            0 => Self::Free,
+            _ => Self::Of(generation),
         }
     }
 }
@@ -100,6 +106,9 @@ mod tests {
         for flipped in flips(bytes) {
             assert_eq!(LeaseHead::decode(&flipped, seed), None, "{flipped:x?}");
         }
+        // What a lost line or page looks like.
+        assert_eq!(LeaseHead::decode(&[0; LeaseHead::SIZE], seed), None);
+        assert_eq!(Lease::decode(&[0; Lease::SIZE]), Lease::Damaged);
         for lease in [Lease::Free, Lease::Of(1), Lease::Of(u64::MAX / 2)] {
             let bytes = lease.encode();
             assert_eq!(Lease::decode(&bytes), lease);

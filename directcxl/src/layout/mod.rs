@@ -20,6 +20,9 @@
 //!
 //! # Superblock
 //!
+//! A magic and 120 zeroes in either place are a pool whose formatting was not finished: it is written
+//! there first, and the superblock last.
+//!
 //! ```text
 //! 0    8  magic "DCXLPOOL"
 //! 8    4  version, 1
@@ -63,8 +66,8 @@
 //! 60   4  crc
 //! ```
 //!
-//! Of a host that never wrote both copies are idle, or zeroes in a pool that another program made. A
-//! copy that is zeroes beside a valid one is lost.
+//! The first copy is written first: where it is valid it is the later one. Formatting writes an idle
+//! record for every host. Zeroes are no record: they are what a lost line or page looks like.
 //!
 //! The pool's state is the log in the arena of the *active* record with the highest epoch. A host
 //! that wants to write claims an epoch (`claiming`), reads that log to its end, writes what it says
@@ -107,10 +110,23 @@
 //!
 //! # Leases of a host
 //!
-//! The head: nonce (8 bytes), number of slots that may be in use (4 bytes), crc over these 16 bytes.
-//! Sixteen zeroes are a head without leases. A slot: generation (8 bytes) and its bitwise complement; zero
-//! and zero is free. A slot that is neither names an unknown generation, and holds everything in
-//! quarantine until its host writes it anew.
+//! ```text
+//! 0    8  nonce, from 1: another one when the host comes back after it was evicted
+//! 8    4  used: slots from this one on are free
+//! 12   4  crc over these 16 bytes
+//! ```
+//!
+//! A slot:
+//!
+//! ```text
+//! 0    8  generation that a process of the host is attached to; 0 in a slot that is free
+//! 8    8  its bitwise complement, also in a slot that is free
+//! ```
+//!
+//! Formatting writes a head with nonce 1, and 2048 free slots. Neither has a copy: damage, zeroes
+//! among it, gives nothing away. A slot that is none of these names an unknown generation, and holds
+//! everything in quarantine; where the head is damaged every slot counts, whatever was evicted. So it
+//! is until the host writes them anew.
 //!
 //! On one host the kernel knows who is alive: each process that is attached has a shared lock (an
 //! open file description lock, `F_OFD_SETLK`) on byte 2^61 + generation of the device or file. A

@@ -55,6 +55,8 @@ pub enum Found {
     OtherVersion(u32),
     /// Zeroes.
     Nothing,
+    /// A pool is being made here, or its making was cut short.
+    Unfinished,
     /// Anything else.
     Damaged,
 }
@@ -109,10 +111,20 @@ impl Superblock {
         zerocopy::transmute!(raw)
     }
 
+    /// Writes what is there while a pool is made: eight bytes, so that it is there or not.
+    pub fn unfinished() -> [u8; Self::SIZE] {
+        let mut bytes = [0; Self::SIZE];
+        bytes[..MAGIC.len()].copy_from_slice(&MAGIC);
+        bytes
+    }
+
     /// Reads one. What it says of lengths is checked, and can be computed with.
     pub fn decode(bytes: &[u8; Self::SIZE]) -> Found {
         if bytes.iter().all(|byte| *byte == 0) {
             return Found::Nothing;
+        }
+        if *bytes == Self::unfinished() {
+            return Found::Unfinished;
         }
         let mut raw: RawSuperblock = zerocopy::transmute!(*bytes);
         let crc = std::mem::replace(&mut raw.crc, 0.into());

@@ -169,7 +169,13 @@ pub(crate) fn list(global: &Global, place: &Path) -> anyhow::Result<()> {
 
 pub(crate) fn check(global: &Global, place: &Path, repair: bool) -> anyhow::Result<ExitCode> {
     // Opening for writing mends: a check that is to change nothing only reads.
-    let before = open(global, place, false)?.check();
+    let before = match open(global, place, false) {
+        Ok(pool) => pool.check(),
+        Err(why) if matches!(why.downcast_ref(), Some(Error::Corrupt { .. })) => {
+            return salvage(global, place, why);
+        }
+        Err(why) => return Err(why),
+    };
     let report = if repair {
         open(global, place, true)?.repair()?;
         open(global, place, false)?.check()
@@ -204,6 +210,57 @@ pub(crate) fn check(global: &Global, place: &Path, repair: bool) -> anyhow::Resu
     } else {
         ExitCode::from(7)
     })
+}
+
+/// Lists what can be read of a pool that cannot be opened, and which nothing mends.
+fn salvage(global: &Global, place: &Path, why: anyhow::Error) -> anyhow::Result<ExitCode> {
+    let Ok(left) = Pool::salvage(backend(global, place, false)?) else {
+        return Err(why);
+    };
+    if global.json {
+        output::json(&json!({
+            "ok": false, "error": why.to_string(), "entries": left.entries, "mended": 0,
+            "problems": left.problems.iter().map(|problem| json!({
+                "what": problem.to_string(), "can_be_mended": problem.can_be_mended(),
+            })).collect::<Vec<_>>(),
+            "salvage": left.namespaces.iter().map(|one| json!({
+                "name": one.info.name, "generation": one.info.generation,
+                "offset": one.info.offset, "length": one.info.length.get(),
+                "certain": one.certain,
+            })).collect::<Vec<_>>(),
+        }))?;
+        return Ok(ExitCode::from(7));
+    }
+    for problem in &left.problems {
+        output::line(problem.to_string())?;
+    }
+    output::line("--repair cannot mend this: there is no copy. What can still be read:")?;
+    let rows = left.namespaces.iter().map(|one| {
+        let there = if one.certain {
+            "yes"
+        } else {
+            "it may have been removed"
+        };
+        [
+            one.info.name.clone(),
+            one.info.length.to_string(),
+            format!("{:#x}", one.info.offset),
+            there.to_owned(),
+            format!(
+                "skip={} count={}",
+                one.info.offset >> 21,
+                one.info.length.get() >> 21
+            ),
+        ]
+    });
+    let header = ["name", "size", "offset", "certain", "for dd"];
+    output::table(header, &rows.collect::<Vec<_>>())?;
+    output::line(format!(
+        "Their bytes are where they were. Copy them out, from a file by\n  dd if={} of=NAME bs=2M skip=... \
+         count=...\nand from a device by a program that maps it; then format anew with --force.",
+        place.display()
+    ))?;
+    Ok(ExitCode::from(7))
 }
 
 pub(crate) fn resize(global: &Global, resize: &Create) -> anyhow::Result<()> {
