@@ -12,7 +12,9 @@ use std::time::Duration;
 use carlsbad_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::cgroup::Usage;
+use crate::error::{Error, Result};
+use crate::rootfs::find_in_root;
 
 /// What separates a sandbox from the host, weakest last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -106,11 +108,11 @@ pub struct TemplateSpec {
     pub cwd: PathBuf,
     /// The read-only directory that every clone sees as `/`; nothing is visible without it.
     pub root: Option<PathBuf>,
-    /// The most memory that a guest can have.
+    /// The most memory that a guest can have: 8 MiB to 1 GiB (`kvm-elf`).
     pub memory: ByteSize,
     /// When it is saved.
     pub snapshot: SnapshotPoint,
-    /// How long it may take to get there.
+    /// How long it may take to get there; a minute where nothing is said.
     pub deadline: Duration,
 }
 
@@ -130,6 +132,22 @@ impl TemplateSpec {
             snapshot: SnapshotPoint::default(),
             deadline: Duration::from_secs(60),
         }
+    }
+
+    /// A template of the program at `inside` in `root`, which its clones see as `/`. Symbolic links
+    /// on the way stay in the root, as for who is in the sandbox.
+    ///
+    /// # Errors
+    /// [`Error::BadProgram`] where the root has no such file.
+    pub fn in_root(root: impl Into<PathBuf>, inside: impl Into<PathBuf>) -> Result<Self> {
+        let (root, inside) = (root.into(), inside.into());
+        let program = find_in_root(&root, &inside).map_err(|why| Error::BadProgram {
+            program: inside.display().to_string(),
+            why: format!("in {}: {why}", root.display()),
+        })?;
+        let mut spec = Self::new(program).args([&inside]).root(root);
+        spec.inside = Some(inside);
+        Ok(spec)
     }
 
     /// The program's path inside the sandbox.
@@ -162,6 +180,20 @@ impl TemplateSpec {
     #[must_use]
     pub fn memory(mut self, memory: ByteSize) -> Self {
         self.memory = memory;
+        self
+    }
+
+    /// With this working directory.
+    #[must_use]
+    pub fn cwd(mut self, cwd: impl Into<PathBuf>) -> Self {
+        self.cwd = cwd.into();
+        self
+    }
+
+    /// With so much time to get to the point of the snapshot.
+    #[must_use]
+    pub const fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
         self
     }
 
@@ -216,7 +248,27 @@ pub enum Reuse {
     Fresh,
 }
 
-/// What a sandbox may use.
+/// What a sandbox may use, with all its processes.
+///
+/// Memory and processors are limited by a control group, which the backend takes from the pool that
+/// it was given; without one such a limit is refused.
+///
+/// ```no_run
+/// # fn main() -> rund_rt::Result<()> {
+/// use std::sync::Arc;
+/// use rund_rt::cgroup::{CgroupPool, Hierarchy, PoolConfig};
+/// use rund_rt::{ByteSize, CloneSpec, Limits, Runtime, TemplateSpec};
+///
+/// let pool = CgroupPool::new(Hierarchy::detect()?, PoolConfig::default())?;
+/// let runtime = Runtime::builder().cgroups(Arc::new(pool)).build()?;
+/// let template = runtime.prepare(&TemplateSpec::new("/srv/function"))?;
+/// let limits = Limits::new().memory(ByteSize::mib(64)).cpus(0.5);
+/// let exit = runtime.start(&template, CloneSpec::new().limits(limits))?.wait(None)?;
+/// let usage = exit.stats.usage.unwrap_or_default();
+/// println!("{:?} of a processor, {:?} at most", usage.cpu, usage.memory_peak);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Limits {
@@ -224,15 +276,66 @@ pub struct Limits {
     pub memory: Option<ByteSize>,
     /// Processors, in units of one: 0.5 is half of one. Enforced by a control group.
     pub cpus: Option<f64>,
-    /// Processes or threads.
+    /// Processes, the first one included; 64 where nothing is said (`kvm-elf`).
     pub processes: Option<u32>,
     /// Time from start to end; a sandbox that takes longer is killed.
     pub run_time: Option<Duration>,
-    /// Bytes in its writable layer.
+    /// Bytes in its writable layer. A name counts 4 KiB beside what is in it, and a file without one
+    /// counts for as long as it is open.
     pub upper: ByteSize,
     /// Bytes of captured output; what comes behind them is dropped, and [`Exit::truncated`] says
     /// so.
     pub output: ByteSize,
+}
+
+impl Limits {
+    /// The default: no more than 64 MiB in its writable layer, 16 MiB of captured output, and what
+    /// its backend sets for processes.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With so much memory at most.
+    #[must_use]
+    pub const fn memory(mut self, memory: ByteSize) -> Self {
+        self.memory = Some(memory);
+        self
+    }
+
+    /// With so much of the processors: 0.5 is half of one.
+    #[must_use]
+    pub const fn cpus(mut self, cpus: f64) -> Self {
+        self.cpus = Some(cpus);
+        self
+    }
+
+    /// With so many processes at most.
+    #[must_use]
+    pub const fn processes(mut self, processes: u32) -> Self {
+        self.processes = Some(processes);
+        self
+    }
+
+    /// With so much time from start to end.
+    #[must_use]
+    pub const fn run_time(mut self, time: Duration) -> Self {
+        self.run_time = Some(time);
+        self
+    }
+
+    /// With so many bytes in its writable layer.
+    #[must_use]
+    pub const fn upper(mut self, upper: ByteSize) -> Self {
+        self.upper = upper;
+        self
+    }
+
+    /// With so many bytes of captured output.
+    #[must_use]
+    pub const fn output(mut self, output: ByteSize) -> Self {
+        self.output = output;
+        self
+    }
 }
 
 impl Default for Limits {
@@ -352,6 +455,16 @@ pub enum Status {
     TimedOut,
 }
 
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::TimedOut => f.write_str("its time over"),
+        }
+    }
+}
+
 impl Status {
     /// Whether it ended by itself with code 0.
     pub const fn success(self) -> bool {
@@ -419,16 +532,19 @@ pub struct Stats {
     pub start: Duration,
     /// From its first instruction to its end, or to now.
     pub run: Duration,
-    /// From its end until its machine was the template again.
+    /// From its end until its machine was the template again: in
+    /// [`Sandbox::stats`](crate::Sandbox::stats) after the end, 0 before and with [`Reuse::Fresh`].
     pub reset: Duration,
     /// System calls that left the machine.
     pub exits: u64,
     /// System calls that were served inside it.
     pub served_inside: u64,
-    /// Pages that differ from the template.
+    /// Pages that differed from the template, known as [`reset`](Self::reset) is.
     pub dirty_pages: u64,
     /// PSS of its process, where it is alive.
     pub pss: Option<ByteSize>,
+    /// What its control group has counted, where it has one.
+    pub usage: Option<Usage>,
 }
 
 /// Ends a sandbox from anywhere, also while another thread waits for it.

@@ -34,7 +34,7 @@ pub enum Error {
         fix: &'static str,
     },
     /// The isolation that was asked for is stronger than what the backend gives.
-    #[error("{wanted:?} was asked for, and backend {backend} gives {given:?} here")]
+    #[error("{wanted} or better was asked for, and backend {backend} gives {given} here")]
     TooLittleIsolation {
         /// The backend.
         backend: &'static str,
@@ -132,7 +132,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A limit that this machine's control groups cannot enforce.
-    #[error("this machine cannot limit {what}: {why}")]
+    #[error("cannot limit {what}: {why}")]
     NoController {
         /// The limit.
         what: &'static str,

@@ -74,6 +74,7 @@ pub use backend::{
     Backend, Capabilities, CloneSpec, Exit, Instance, Isolation, Kill, KillHandle, Limits, Output,
     Reuse, SavedState, SnapshotPoint, Stats, Status, Stdin, Template, TemplateSpec,
 };
+pub use carlsbad_types::ByteSize;
 pub use error::{Error, Result};
 pub use init::init;
 #[cfg(target_arch = "x86_64")]

@@ -8,10 +8,13 @@
 
 mod common;
 
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use carlsbad_kit::capability::Capability;
-use rund_rt::{CloneSpec, Status, TemplateSpec};
+use rund_rt::{CloneSpec, Output, Status, TemplateSpec};
 
 use common::{BUSYBOX, PATIENCE, busybox, is_slow, root, runtime, shell, text};
 
@@ -244,4 +247,65 @@ fn a_child_that_never_ends_is_not_waited_for() {
     let exit = shell(&runtime, &template, "sleep 1000 & echo here");
     assert_eq!(text(&exit.stdout), "here\n");
     assert!(began.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
+fn a_pause_stops_all_processes_of_a_sandbox() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    let script = "for i in 1 2 3; do (while :; do echo tick; usleep 20000; done) & done; wait";
+    let spec = CloneSpec::new()
+        .args(["busybox", "sh", "-c", script])
+        .stdout(Output::Piped);
+    let sandbox = runtime.start(&template, spec).unwrap();
+    let mut output = sandbox.take_stdout().unwrap();
+    let (count, counted) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let reader = {
+        let (count, counted) = (Arc::clone(&count), Arc::clone(&counted));
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = output.read(&mut buffer) {
+                count.fetch_add(n, Ordering::Relaxed);
+            }
+            counted.store(1, Ordering::Relaxed);
+        })
+    };
+    let moves = |until: Duration| {
+        let before = count.load(Ordering::Relaxed);
+        let began = Instant::now();
+        while began.elapsed() < until && count.load(Ordering::Relaxed) == before {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        count.load(Ordering::Relaxed) > before
+    };
+    assert!(moves(Duration::from_secs(20)));
+    sandbox.pause().unwrap();
+    // What was written before.
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!moves(Duration::from_millis(500)));
+    sandbox.resume().unwrap();
+    assert!(moves(Duration::from_secs(20)));
+    // One that stands still is killed all the same, with all its processes.
+    sandbox.pause().unwrap();
+    sandbox.kill_handle().kill().unwrap();
+    let exit = sandbox.wait(PATIENCE).unwrap();
+    assert_eq!(exit.status, Status::Signal(9));
+    reader.join().unwrap();
+    assert_eq!(counted.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn an_alarm_that_another_process_sends_is_the_guests() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    let script = "sleep 100 & kill -ALRM $!; wait $!; echo $?; \
+                  (trap 'echo caught; exit' ALRM; while :; do :; done) & \
+                  sleep 0.3; kill -ALRM $!; wait; kill -ALRM $$; echo not here";
+    let exit = shell(&runtime, &template, script);
+    assert_eq!(text(&exit.stdout), "142\ncaught\n", "{exit:?}");
+    assert_eq!(exit.status, Status::Signal(libc::SIGALRM));
 }

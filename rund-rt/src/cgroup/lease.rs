@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use carlsbad_types::ByteSize;
+use serde::{Deserialize, Serialize};
 
 use super::hierarchy::{Controller, Version};
 use super::limits::{InForce, parse_bytes, parse_cpu_max, parse_keyed, parse_quota};
@@ -16,7 +17,8 @@ use crate::backend::Limits;
 use crate::error::{Error, Result};
 
 /// What the members of a group have used. `None` where no mounted controller counts it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Usage {
     /// Memory now, with page cache.
     pub memory: Option<ByteSize>,
@@ -26,7 +28,8 @@ pub struct Usage {
     pub cpu: Option<Duration>,
     /// Processes and threads now.
     pub pids: Option<u64>,
-    /// Members that the OOM killer of this group has ended.
+    /// Members that the OOM killer of this group has ended. Where the whole group is ended at once
+    /// (version 2), the kernel counts the member that it chose first twice.
     pub oom_kills: Option<u64>,
 }
 

@@ -3,16 +3,16 @@
 use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
-use std::sync::atomic::AtomicU64;
 
 use carlsbad_types::ByteSize;
 use kvm_bindings::kvm_regs;
 
 use crate::backend::{SnapshotPoint, Status};
 
+use super::calls::account::Account;
 use super::calls::children::Children;
-use super::calls::layers::{Layers, UpperUse, duplicate};
-use super::calls::output::Outputs;
+use super::calls::layers::{Layers, duplicate};
+use super::calls::output::{Outputs, Sink};
 use super::calls::path::file_name;
 use super::calls::process::{Identity, joined};
 use super::calls::signal::Signals;
@@ -78,33 +78,19 @@ pub fn probe(host: &Host) -> Result<Return, String> {
     })
 }
 
-/// The sandbox's accounts, which all its processes share.
-pub fn shared_use() -> Result<&'static UpperUse, String> {
-    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
-    let size = std::num::NonZeroUsize::MIN.saturating_add(PAGE as usize - 1);
-    let flags = MapFlags::MAP_SHARED;
-    let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping at a place of the kernel's choice.
-    let page = unsafe { mmap_anonymous(None, size, rights, flags) }
-        .map_err(|why| format!("shared memory: {why}"))?;
-    const { assert!(align_of::<UpperUse>() == align_of::<AtomicU64>()) };
-    // SAFETY: a page of zeros, which is a valid value of two atomic numbers, aligned to a page; it
-    // stays mapped for the life of the process.
-    Ok(unsafe { page.cast::<UpperUse>().as_ref() })
-}
-
 /// What a process begins with.
 pub fn new_kernel(
     program: Program,
     path: &[u8],
     space: Space,
     layers: Layers,
-    outputs: Outputs,
+    account: &'static Account,
+    sink: Sink,
 ) -> Kernel {
     let mut kernel = Kernel {
         table: Table::default(),
         layers,
-        outputs,
+        outputs: Outputs::new(&account.output, sink),
         cwd: b"/".to_vec(),
         umask: 0o022,
         identity: Identity::default(),
@@ -114,7 +100,7 @@ pub fn new_kernel(
         program_path: path.to_vec(),
         name: [0; 16],
         children: Children::default(),
-        most_children: 0,
+        account,
         relatives: false,
         snapshot: None,
         draws: 0,
@@ -134,7 +120,7 @@ pub fn build(
     file: &OwnedFd,
 ) -> Result<State, Failure> {
     let other = |why: String| Failure::Other(why);
-    let bytes = read_all(program).map_err(|why| other(format!("the program: {why}")))?;
+    let bytes = read_all(program).map_err(|why| Failure::Program(why.to_string()))?;
     let head = bytes.get(..elf::HEAD as usize).unwrap_or(&bytes);
     let plan = elf::plan(head, bytes.len() as u64).map_err(Failure::Program)?;
     let image = Image::new(plan, ByteSize::new(build.memory)).map_err(Failure::Program)?;
@@ -150,25 +136,31 @@ pub fn build(
             if stream == 2 {
                 said.borrow_mut().extend_from_slice(bytes);
             }
+            true
         })
     };
     let lower = match &surroundings.lower {
         Some(lower) => Some(duplicate(lower.as_raw_fd()).map_err(|why| other(why.to_string()))?),
         None => None,
     };
+    let account = Account::new().map_err(|why| other(format!("shared memory: {why}")))?;
+    // What it says is only for an error, and it is one process.
+    account.begin(64 << 10, 1);
     let mut kernel = new_kernel(
         Program {
             fd: Rc::new(program.try_clone().map_err(|why| other(why.to_string()))?),
             offset: 0,
             len: bytes.len() as u64,
             changes: true,
+            held: None,
         },
         &build.program_path,
         space,
         Layers::new(lower, None),
-        Outputs::new(64 << 10, sink),
+        account,
+        sink,
     );
-    kernel.cwd.clone_from(&build.cwd);
+    kernel.enter(&build.cwd).map_err(Failure::Program)?;
     kernel.snapshot = Some(build.snapshot);
     kernel.identity.pid = 1;
     kernel.identity.host_name = "template".into();
@@ -202,6 +194,8 @@ pub fn build(
         guest
             .begin(&build.args, &build.env, &build.program_path)
             .map_err(|why| Failure::Program(why.to_string()))?;
+        // The bytes of AT_RANDOM, of which the C library makes its canaries.
+        guest.kernel.draws += 1;
         interrupt::install().map_err(|why| other(why.to_string()))?;
         interrupt::set(Some(build.deadline));
         let end = guest.run();
@@ -211,7 +205,8 @@ pub fn build(
             let words = String::from_utf8_lossy(&said.borrow()).trim().to_owned();
             return Err(Failure::Snapshot(match end {
                 End::Status(Status::TimedOut) => "its time was over".into(),
-                other if words.is_empty() => format!("{other:?}"),
+                End::Status(status) if words.is_empty() => format!("it ended with {status}"),
+                End::Status(status) => format!("it ended with {status}: {words}"),
                 other => format!("{other:?}: {words}"),
             }));
         }

@@ -56,6 +56,8 @@ impl std::fmt::Display for Lost {
             Self::Late => f.write_str("it did not answer in time"),
             Self::Interrupted => f.write_str("a signal came"),
             Self::Garbled => f.write_str("it said what nobody understands"),
+            // What a message with descriptors brings where there is no number left for them.
+            Self::Failed(Errno::ENOBUFS) => f.write_str(Errno::EMFILE.desc()),
             Self::Failed(why) => f.write_str(why.desc()),
         }
     }
@@ -98,6 +100,20 @@ impl Channel {
     /// # Errors
     /// Where the other side is gone.
     pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), Lost> {
+        self.send_unless(message, fds, || false)
+    }
+
+    /// Sends a message with descriptors; where that takes so long that a signal comes, `give_up` says
+    /// whether to leave it.
+    ///
+    /// # Errors
+    /// Where the other side is gone, or it was left.
+    pub fn send_unless(
+        &self,
+        message: &impl Serialize,
+        fds: &[BorrowedFd<'_>],
+        give_up: impl Fn() -> bool,
+    ) -> Result<(), Lost> {
         let mut packet = postcard::to_extend(message, vec![INLINE]).map_err(|_| Lost::Garbled)?;
         let mut raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let file;
@@ -116,7 +132,7 @@ impl Channel {
             let flags = MsgFlags::MSG_NOSIGNAL;
             match sendmsg::<()>(self.socket.as_raw_fd(), &parts, rights, flags, None) {
                 Ok(_) => return Ok(()),
-                Err(Errno::EINTR) => {}
+                Err(Errno::EINTR) if !give_up() => {}
                 Err(why) => return Err(why.into()),
             }
         }

@@ -4,6 +4,7 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -42,6 +43,17 @@ impl Guest {
             Ok(ends) => ends,
             Err(why) => return Ok(-i64::from(why as i32)),
         };
+        let account = self.kernel.account;
+        let place = match account.processes.claim() {
+            // Some may be about to leave.
+            Err(_) if self.kernel.children.settle() => account.processes.claim(),
+            other => other,
+        };
+        let place = match place {
+            Ok(place) => place,
+            Err(why) => return Ok(-i64::from(why as i32)),
+        };
+        self.kernel.share_files();
         let parent = getpid();
         // SAFETY: this process has one thread, so that the new one can do whatever it likes.
         let forked = match unsafe { nix::unistd::fork() } {
@@ -51,12 +63,17 @@ impl Guest {
             other => other,
         };
         match forked {
-            Err(why) => Ok(-i64::from(why as i32)),
+            Err(why) => {
+                self.kernel.unshare_files();
+                place.store(0, Ordering::Release);
+                Ok(-i64::from(why as i32))
+            }
             Ok(ForkResult::Parent { child }) => {
                 self.kernel.children.add(child, here);
                 Ok(i64::from(child.as_raw()))
             }
             Ok(ForkResult::Child) => {
+                place.store(getpid().as_raw(), Ordering::Release);
                 die_with(parent);
                 self.is_child = true;
                 self.is_template = false;
@@ -95,7 +112,7 @@ impl Guest {
         // Whoever is told of the end is told that nothing of it is left: no process of its own,
         // and no end of a pipe.
         self.kernel.children.end();
-        self.kernel.table.clear();
+        self.kernel.close_files();
         if let Some(report) = self.report.take() {
             report.tell(match end {
                 End::Status(Status::Code(code)) => (code & 0xff) << 8,

@@ -68,9 +68,9 @@ mod targets {
 
     use carlsbad_types::ByteSize;
 
-    use super::super::builder::{new_kernel, shared_use};
-    use super::super::calls::layers::{Layers, Upper, UpperUse};
-    use super::super::calls::output::Outputs;
+    use super::super::builder::new_kernel;
+    use super::super::calls::account::{Account, Lock};
+    use super::super::calls::layers::{Layers, Upper};
     use super::super::calls::space::Space;
     use super::super::calls::table::Open;
     use super::super::calls::{Call, Kernel, Outcome, Program};
@@ -171,7 +171,8 @@ mod targets {
     struct Files {
         base: PathBuf,
         before: Vec<(PathBuf, Vec<u8>)>,
-        shared: &'static UpperUse,
+        account: &'static Account,
+        locks: &'static OwnedFd,
     }
 
     /// All that a guest must not change.
@@ -216,7 +217,10 @@ mod targets {
             Self {
                 before: content(&shown),
                 base,
-                shared: shared_use().unwrap(),
+                account: Account::new().unwrap(),
+                locks: Box::leak(Box::new(
+                    fs::File::create(base.join("locks")).unwrap().into(),
+                )),
             }
         }
 
@@ -226,7 +230,7 @@ mod targets {
                 fs::read(self.base.join("secret")).unwrap(),
                 b"not the guest's"
             );
-            assert_eq!(fs::read_dir(&self.base).unwrap().count(), 3);
+            assert_eq!(fs::read_dir(&self.base).unwrap().count(), 4);
         }
     }
 
@@ -275,7 +279,8 @@ mod targets {
             base: directory(&files.base.join("upper")),
             name: "layer".into(),
             most: 1 << 20,
-            shared: files.shared,
+            account: &files.account.upper,
+            lock: Lock::new(files.locks, 1),
             directory: None,
         };
         let layers = Layers::new(Some(directory(&files.base.join("shown"))), Some(upper));
@@ -285,11 +290,13 @@ mod targets {
             offset: 0,
             len: 17,
             changes: false,
+            held: None,
         };
         let space = Space::new(&layout);
         space.publish(&memory);
-        let outputs = Outputs::new(1 << 16, Box::new(|_, _| {}));
-        let mut kernel = new_kernel(program, b"/bin/program", space, layers, outputs);
+        files.account.begin(1 << 16, 1);
+        let sink = Box::new(|_: u8, _: &[u8]| true);
+        let mut kernel = new_kernel(program, b"/bin/program", space, layers, files.account, sink);
         kernel.identity.pid = 77;
         kernel.table.open(Open::Null, false).unwrap();
         kernel.table.open(Open::Captured(1), false).unwrap();

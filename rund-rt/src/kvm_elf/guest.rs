@@ -203,7 +203,12 @@ impl Guest {
             let end = match self.machine.run() {
                 Stop::Call => self.serve(),
                 Stop::Exception(vector) => self.fault(vector),
-                Stop::Interrupted if interrupt::is_over() => Some(End::Status(Status::TimedOut)),
+                Stop::Port => {
+                    // On Linux a program without rights to ports gets a general protection.
+                    let regs = *self.machine.regs();
+                    self.fatal(regs, libc::SIGSEGV)
+                }
+                Stop::Interrupted if interrupt::is_over() => Some(End::Status(interrupt::end())),
                 Stop::Interrupted => self.interrupted(),
                 Stop::Broken(why) => Some(End::Broken(why)),
             };
@@ -241,7 +246,7 @@ impl Guest {
         let outcome = loop {
             match self.kernel.call(&self.memory, call) {
                 Outcome::Interrupted if interrupt::is_over() => {
-                    return Some(End::Status(Status::TimedOut));
+                    return Some(End::Status(interrupt::end()));
                 }
                 Outcome::Interrupted => {
                     self.take_signals();
@@ -421,6 +426,11 @@ impl Guest {
             _ => libc::SIGSEGV,
         };
         (regs.rip, regs.rflags) = (rip, flags);
+        self.fatal(regs, signal)
+    }
+
+    /// A signal for what the guest did at `regs`.
+    fn fatal(&mut self, mut regs: kvm_regs, signal: i32) -> Option<End> {
         if self.way_back == Return::Jump {
             kept::collect(&self.memory, &mut self.kernel);
         }

@@ -4,10 +4,13 @@
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::backend::Status;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// Whether the time is over.
 static OVER: AtomicBool = AtomicBool::new(false);
+/// Whether that is because the owner wants it so.
+static KILLED: AtomicBool = AtomicBool::new(false);
 /// The byte that keeps the machine from being entered.
 static IMMEDIATE_EXIT: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 
@@ -27,8 +30,20 @@ const FORWARDED: [Signal; 8] = [
     Signal::SIGWINCH,
 ];
 
-extern "C" fn on_signal(signal: libc::c_int) {
-    if signal == libc::SIGALRM {
+/// The signal by which the owner ends a guest, with [`libc::SI_QUEUE`], which no guest can give it.
+pub const KILL: Signal = Signal::SIGVTALRM;
+
+extern "C" fn on_signal(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    // SAFETY: the kernel gives a handler with SA_SIGINFO a valid structure.
+    let code = unsafe { (*info).si_code };
+    if signal == KILL as i32 && code == libc::SI_QUEUE {
+        KILLED.store(true, Ordering::Release);
+        OVER.store(true, Ordering::Release);
+    } else if signal == libc::SIGALRM && code == libc::SI_KERNEL {
         OVER.store(true, Ordering::Release);
     } else if (1..=64).contains(&signal) {
         CAME.fetch_or(1 << (signal - 1), Ordering::AcqRel);
@@ -48,11 +63,11 @@ extern "C" fn on_signal(signal: libc::c_int) {
 pub fn install() -> nix::Result<()> {
     // Without SA_RESTART: a call of the host's that a guest waits in is to be left.
     let action = SigAction::new(
-        SigHandler::Handler(on_signal),
-        SaFlags::empty(),
+        SigHandler::SigAction(on_signal),
+        SaFlags::SA_SIGINFO,
         SigSet::empty(),
     );
-    for signal in FORWARDED.into_iter().chain([Signal::SIGALRM]) {
+    for signal in FORWARDED.into_iter().chain([Signal::SIGALRM, KILL]) {
         // SAFETY: the handler stores to atomics and to one byte, nothing else.
         unsafe { sigaction(signal, &action) }?;
     }
@@ -86,6 +101,7 @@ pub fn forget() {
 /// Sets the time, or none.
 pub fn set(time: Option<Duration>) {
     OVER.store(false, Ordering::Release);
+    KILLED.store(false, Ordering::Release);
     CAME.store(0, Ordering::Release);
     let byte = IMMEDIATE_EXIT.load(Ordering::Acquire);
     if !byte.is_null() {
@@ -118,6 +134,20 @@ fn arm(time: Option<Duration>) {
     // SAFETY: a structure that the call reads.
     let _valid =
         unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
+}
+
+/// Whether the owner wanted its end.
+pub fn was_killed() -> bool {
+    KILLED.load(Ordering::Acquire)
+}
+
+/// How a guest ends whose time is over.
+pub fn end() -> Status {
+    if was_killed() {
+        Status::Signal(libc::SIGKILL)
+    } else {
+        Status::TimedOut
+    }
 }
 
 /// Whether the time is over.

@@ -134,6 +134,8 @@ pub enum Stop {
     Call,
     /// The guest raised this exception.
     Exception(u8),
+    /// The guest used a port that is none of the above.
+    Port,
     /// A signal came for this thread.
     Interrupted,
     /// It cannot go on.
@@ -276,6 +278,10 @@ impl Machine {
                 Stop::Exception((port - EXCEPTION_PORT) as u8)
             }
             Ok(VcpuExit::Shutdown) => Stop::Exception(8),
+            Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => {
+                self.complete();
+                Stop::Port
+            }
             Ok(VcpuExit::Intr) => Stop::Interrupted,
             Ok(other) => Stop::Broken(format!("it was left by {other:?}")),
             Err(why) if [Errno::EINTR, Errno::EAGAIN].contains(&Errno::from_raw(why.errno())) => {

@@ -32,6 +32,7 @@ mod reset;
 mod shim;
 mod stack;
 mod template;
+mod tree;
 mod upper;
 
 mod window;
@@ -117,7 +118,7 @@ impl KvmElf {
         let zygote = start_zygote(
             self.helper.as_deref(),
             lower.as_ref().map(AsFd::as_fd),
-            Some(upper.directory()),
+            Some(&upper),
         )?;
         Ok((zygote, upper))
     }
@@ -199,7 +200,10 @@ impl Backend for KvmElf {
     }
 
     fn build_template(&self, spec: &TemplateSpec) -> Result<Template> {
-        let program = File::open(&spec.program).map_err(Error::io("open", &spec.program))?;
+        let program = File::open(&spec.program).map_err(|why| Error::BadProgram {
+            program: spec.program.display().to_string(),
+            why: why.to_string(),
+        })?;
         let (mut zygote, upper) = self.surroundings(spec.root.as_deref())?;
         let file = template::new_file().map_err(|why| Error::io("make", "memfd")(why.into()))?;
         // As `/proc/self/exe` shows it: from the root on.
@@ -267,7 +271,8 @@ impl Backend for KvmElf {
             None if spec.limits.memory.is_some() || spec.limits.cpus.is_some() => {
                 return Err(Error::NoController {
                     what: "memory and processors",
-                    why: "the backend was given no pool of control groups".into(),
+                    why: "the backend has no pool of control groups; give it one by `cgroups`"
+                        .into(),
                 });
             }
             None => None,
@@ -414,6 +419,10 @@ impl Prepared {
         let no_pipe = |why: nix::errno::Errno| Error::io("make", "a pipe")(why.into());
         let stdin = match spec.stdin {
             Stdin::Null => Input::Null,
+            Stdin::Bytes(bytes) if bytes.len() > MOST_INPUT => {
+                fds.push(file_of(&bytes).map_err(Error::io("make", "memfd"))?);
+                Input::Descriptor
+            }
             Stdin::Bytes(bytes) => Input::Bytes(bytes),
             Stdin::Piped => {
                 let (read, write) =
@@ -478,3 +487,16 @@ impl Prepared {
 
 /// Processes of a sandbox where no limit is set.
 const DEFAULT_PROCESSES: u32 = 64;
+
+/// The most bytes of standard input that go to a monitor in a message; more are a file.
+const MOST_INPUT: usize = 1 << 20;
+
+/// A file in memory that holds `bytes`, to be read from its beginning.
+fn file_of(bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    use std::io::{Seek, Write};
+    let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+    let mut file = File::from(nix::sys::memfd::memfd_create(c"stdin", flags)?);
+    file.write_all(bytes)?;
+    file.rewind()?;
+    Ok(file.into())
+}

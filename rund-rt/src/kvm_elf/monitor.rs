@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use crate::backend::{Reuse, Status};
 
-use super::builder::{new_kernel, shared_use};
+use super::builder::new_kernel;
+use super::calls::account::{Account, Lock};
 use super::calls::file::{directory, share};
 use super::calls::layers::{Layers, Upper, duplicate};
 use super::calls::output::Outputs;
+use super::calls::path::regular;
 use super::calls::process::{Identity, joined};
 use super::calls::table::{HostFile, Open};
 use super::calls::{Kernel, Program};
@@ -23,6 +25,7 @@ use super::memory::GuestMemory;
 use super::reset;
 use super::shim::{Return, data};
 use super::template::{Pages, SavedOpen, State};
+use super::upper::layer_name;
 use super::window::Windows;
 use super::wire::{Destination, Ended, FromMonitor, Input, Start, ToMonitor};
 use super::zygote::Surroundings;
@@ -60,6 +63,7 @@ impl Template {
             offset: self.state.program.0,
             len: self.state.program.1,
             changes: false,
+            held: None,
         }
     }
 }
@@ -196,13 +200,15 @@ impl Monitor {
         // they end write nothing any more.
         let children = &mut self.guest.kernel.children;
         let alone = children.len() == 0 || children.end();
-        let goes_on = reuse == Reuse::Reset && self.pagemap.is_some() && alone;
+        // Who kills it waits for the end of this process.
+        let goes_on =
+            reuse == Reuse::Reset && self.pagemap.is_some() && alone && !interrupt::was_killed();
         let [stdout, stderr] = self.guest.kernel.outputs.kept();
         let ended = Ended {
             status,
             stdout,
             stderr,
-            truncated: self.guest.kernel.outputs.truncated,
+            truncated: self.guest.kernel.account.output.is_truncated(),
             start: Duration::from_nanos(nanoseconds(began).saturating_sub(asked)),
             run: took,
             exits: self.guest.exits,
@@ -213,7 +219,7 @@ impl Monitor {
             upper: 0,
         };
         // Files and pipes are closed before the end is told.
-        self.guest.kernel.table.clear();
+        self.guest.kernel.close_files();
         let told = owner
             .borrow()
             .send(&FromMonitor::Ended(Box::new(ended)), &[]);
@@ -269,10 +275,15 @@ impl Monitor {
             let owner = Rc::clone(owner);
             Box::new(move |stream: u8, bytes: &[u8]| {
                 let message = FromMonitor::Output(stream, bytes.to_vec());
-                let _gone = owner.borrow().send(&message, &[]);
+                // The owner may not read as long as it likes.
+                let sent = owner
+                    .borrow()
+                    .send_unless(&message, &[], interrupt::is_over);
+                sent.is_ok()
             })
         };
-        kernel.outputs = Outputs::new(start.output, sink);
+        kernel.account.begin(start.output, start.processes);
+        kernel.outputs = Outputs::new(&kernel.account.output, sink);
         let input = match start.stdin {
             Input::Null => Open::Null,
             Input::Bytes(bytes) => Open::Bytes {
@@ -305,9 +316,11 @@ impl Monitor {
             unique,
             arguments: joined(&args),
         };
-        kernel.cwd = start.cwd.unwrap_or_else(|| state.cwd.clone());
+        match &start.cwd {
+            Some(cwd) => kernel.enter(cwd)?,
+            None => kernel.cwd.clone_from(&state.cwd),
+        }
         kernel.layers.set_most(start.upper);
-        kernel.most_children = start.processes as usize;
         kernel.umask = state.process.umask;
         kernel.signals = state.process.signals.clone();
         kernel.space = state.process.space.clone();
@@ -476,14 +489,9 @@ fn reopen(kernel: &mut Kernel, open: &[(u64, SavedOpen, bool)]) -> nix::Result<(
                 let place = kernel.layers.walk(path, true)?;
                 let file = kernel.layers.open_read(&place)?;
                 // SAFETY: a descriptor of ours.
-                let moved = unsafe { libc::lseek(file.as_raw_fd(), *at as i64, libc::SEEK_SET) };
+                let moved = unsafe { libc::lseek(file.fd.as_raw_fd(), *at as i64, libc::SEEK_SET) };
                 nix::errno::Errno::result(moved)?;
-                share(Open::Host(HostFile {
-                    fd: file,
-                    upper: false,
-                    regular: true,
-                    path: path.clone(),
-                }))
+                share(regular(file, false, path.clone()))
             }
         };
         kernel.table.replace(*fd, shared, *close)?;
@@ -498,23 +506,24 @@ fn kernel(surroundings: &Surroundings, template: &Template) -> Result<Kernel, St
     };
     let lower = again(&surroundings.lower).map_err(|why| why.to_string())?;
     let upper = again(&surroundings.upper).map_err(|why| why.to_string())?;
-    let upper = match upper {
-        Some(base) => Some(Upper {
-            base,
-            name: nix::unistd::getpid().to_string(),
-            most: 0,
-            shared: shared_use()?,
-            directory: None,
-        }),
-        None => None,
-    };
+    let account = Account::new().map_err(|why| format!("shared memory: {why}"))?;
+    let pid = nix::unistd::getpid();
+    let upper = upper.map(|base| Upper {
+        base,
+        name: layer_name(&surroundings.secret, pid.as_raw()),
+        most: 0,
+        account: &account.upper,
+        lock: Lock::new(surroundings.locks, pid.as_raw().into()),
+        directory: None,
+    });
     let state = &template.state;
     Ok(new_kernel(
         template.program(),
         &state.program_path,
         state.process.space.clone(),
         Layers::new(lower, upper),
-        Outputs::new(0, Box::new(|_, _| {})),
+        account,
+        Box::new(|_, _| true),
     ))
 }
 

@@ -10,16 +10,17 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::backend::{Exit, Instance, Isolation, Kill, KillHandle, Stats, Status};
-use crate::cgroup::CgroupLease;
+use crate::cgroup::{CgroupLease, Usage};
 use crate::error::{Error, Result};
 use crate::init;
 
 use super::channel::{Channel, Lost, pair};
 use super::template::State;
+use super::upper::UpperBase;
 use super::wire::{
     Build, Confinement, Ended, Failure, FromMonitor, FromZygote, Start, ToMonitor, ToZygote,
 };
-use super::{BACKEND, unavailable};
+use super::{BACKEND, interrupt, tree, unavailable};
 
 /// How long a zygote or a monitor may take to answer, on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -40,7 +41,7 @@ pub(super) struct Zygote {
 pub(super) fn start_zygote(
     helper: Option<&Path>,
     lower: Option<BorrowedFd<'_>>,
-    upper: Option<BorrowedFd<'_>>,
+    upper: Option<&UpperBase>,
 ) -> Result<Zygote> {
     let no_channel = |why: Errno| Error::io("make", "a channel")(why.into());
     let (ours, theirs) = pair().map_err(no_channel)?;
@@ -53,7 +54,9 @@ pub(super) fn start_zygote(
     let begin = ToZygote::Begin {
         lower: lower.is_some(),
         upper: upper.is_some(),
+        secret: upper.map(|base| *base.secret()).unwrap_or_default(),
     };
+    let upper = upper.map(UpperBase::directory);
     let fds: Vec<BorrowedFd<'_>> = lower.into_iter().chain(upper).collect();
     match zygote.ask(&begin, &fds, PATIENCE)?.0 {
         FromZygote::Ready(confinement) => zygote.confinement = confinement,
@@ -78,8 +81,9 @@ impl Zygote {
             why: why.to_string(),
         };
         self.channel.send(question, fds).map_err(gone)?;
-        let deadline = Instant::now() + patience;
-        match self.channel.receive(Some(deadline)) {
+        // Longer than there is time: for ever.
+        let deadline = Instant::now().checked_add(patience);
+        match self.channel.receive(deadline) {
             Ok((FromZygote::Failed(failure), _)) => Err(match failure {
                 Failure::Kvm(why) => unavailable(why),
                 Failure::Program(why) => Error::BadProgram {
@@ -96,7 +100,7 @@ impl Zygote {
 
     /// Makes a template of `program` in `file`.
     pub(super) fn build(&mut self, build: Build, program: &File, file: &OwnedFd) -> Result<State> {
-        let patience = build.deadline + PATIENCE;
+        let patience = build.deadline.saturating_add(PATIENCE);
         let fds = [program.as_fd(), file.as_fd()];
         match self.ask(&ToZygote::Build(build), &fds, patience)?.0 {
             FromZygote::Built(state) => Ok(*state),
@@ -251,13 +255,25 @@ impl Drop for Monitor {
 }
 
 fn signal_process(pidfd: &OwnedFd, signal: i32) -> Result<()> {
-    // SAFETY: a descriptor of a process, a number, and no more to say about the signal.
+    send_signal(pidfd, signal, std::ptr::null())
+}
+
+/// As `sigqueue` does.
+fn signal_queue(pidfd: &OwnedFd, signal: i32) -> Result<()> {
+    // SAFETY: all zeros is a valid value of this plain structure.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    (info.si_signo, info.si_code) = (signal, libc::SI_QUEUE);
+    send_signal(pidfd, signal, &raw const info)
+}
+
+fn send_signal(pidfd: &OwnedFd, signal: i32, info: *const libc::siginfo_t) -> Result<()> {
+    // SAFETY: a descriptor of a process, a number, and a structure or nothing.
     let sent = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             pidfd.as_raw_fd(),
             signal,
-            std::ptr::null::<libc::siginfo_t>(),
+            info,
             0,
         )
     };
@@ -273,11 +289,32 @@ struct Target(Mutex<Option<Arc<OwnedFd>>>);
 
 impl Kill for Target {
     fn kill(&self) -> Result<()> {
+        let Some(pidfd) = lock(&self.0).clone() else {
+            return Ok(());
+        };
+        // So that what it has written is not lost, and what it has used is known.
+        signal_queue(&pidfd, interrupt::KILL as i32)?;
+        signal_process(&pidfd, libc::SIGCONT)?;
+        let began = Instant::now();
+        while began.elapsed() < TO_END {
+            if lock(&self.0).is_none() || is_dead(&pidfd) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        // Somebody has taken it over, or it has more to tell than anybody reads.
         match &*lock(&self.0) {
             Some(pidfd) => signal_process(pidfd, libc::SIGKILL),
             None => Ok(()),
         }
     }
+}
+
+/// How long a guest that is killed has to say what it has written.
+const TO_END: Duration = Duration::from_secs(1);
+
+fn is_dead(pidfd: &OwnedFd) -> bool {
+    super::channel::wait_readable(pidfd.as_fd(), Some(Instant::now())).is_ok()
 }
 
 /// Gets monitors back, and the names of writable layers that are of no use any more.
@@ -352,6 +389,10 @@ impl Clone {
         }
     }
 
+    fn usage(&self) -> Option<Usage> {
+        self.cgroup.as_ref()?.usage().ok()
+    }
+
     fn stats_of(&self, ended: &Ended) -> Stats {
         Stats {
             backend: BACKEND.to_owned(),
@@ -360,6 +401,7 @@ impl Clone {
             recycled: ended.recycled,
             split_rootfs: ended.split_rootfs,
             pooled_cgroup: self.cgroup.is_some(),
+            usage: self.usage(),
             pid: Some(self.pid.unsigned_abs()),
             start: ended.start,
             run: ended.run,
@@ -399,10 +441,15 @@ impl Clone {
                     stats: self.stats_of(&ended),
                 }));
             }
+            // After the end it is the reset that failed: the end stays what it was.
+            Ok(FromMonitor::Failed(_)) if state.end.is_some() => {
+                state.reset = None;
+            }
             Ok(FromMonitor::Failed(why)) => {
                 *lock(&self.target.0) = None;
                 state.end = Some(Err(why));
             }
+            Err(_) if state.end.is_some() => self.home.clean_up(self.pid),
             Err(_) => {
                 *lock(&self.target.0) = None;
                 // It was killed, by a handle or by the kernel: that is an end of its own.
@@ -415,6 +462,8 @@ impl Clone {
                         backend: BACKEND.to_owned(),
                         isolation: Some(self.isolation),
                         template_hit: true,
+                        pooled_cgroup: self.cgroup.is_some(),
+                        usage: self.usage(),
                         pid: Some(self.pid.unsigned_abs()),
                         run: self.began.elapsed(),
                         ..Stats::default()
@@ -518,6 +567,7 @@ impl Instance for Clone {
             isolation: Some(self.isolation),
             template_hit: true,
             pooled_cgroup: self.cgroup.is_some(),
+            usage: self.usage(),
             pid: Some(self.pid.unsigned_abs()),
             run: self.began.elapsed(),
             pss: pss(self.pid),
@@ -532,17 +582,18 @@ impl Instance for Clone {
     }
 
     fn pause(&self) -> Result<()> {
-        match &*lock(&self.target.0) {
-            Some(pidfd) => signal_process(pidfd, libc::SIGSTOP),
-            None => Ok(()),
+        // It cannot be another's number while the target is held.
+        if lock(&self.target.0).as_ref().is_some() {
+            tree::stop(self.pid);
         }
+        Ok(())
     }
 
     fn resume(&self) -> Result<()> {
-        match &*lock(&self.target.0) {
-            Some(pidfd) => signal_process(pidfd, libc::SIGCONT),
-            None => Ok(()),
+        if lock(&self.target.0).as_ref().is_some() {
+            tree::resume(self.pid);
         }
+        Ok(())
     }
 
     fn take_stdin(&self) -> Option<File> {

@@ -224,7 +224,10 @@ const HEAD_AT: usize = 44;
 /// # Errors
 /// [`Error::BadTemplate`] where it is damaged or of another version.
 pub fn load(path: &Path) -> Result<(State, OwnedFd)> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let mut file = File::open(path).map_err(|why| Error::BadTemplate {
+        path: path.into(),
+        why: why.to_string(),
+    })?;
     let bad = |why: &str| Error::BadTemplate {
         path: path.into(),
         why: why.to_owned(),

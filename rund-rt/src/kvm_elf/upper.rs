@@ -18,11 +18,22 @@ const PREFIX: &str = "rund-upper-";
 /// The file in one that is locked while its owner lives.
 const LOCK: &str = ".lock";
 
+/// What the names of layers are made from.
+pub type Secret = [u8; 32];
+
+/// Name of a monitor's layer. No guest can guess it, though it can learn the numbers of processes.
+pub fn layer_name(secret: &Secret, pid: i32) -> String {
+    blake3::keyed_hash(secret, &pid.to_le_bytes())
+        .to_hex()
+        .to_string()
+}
+
 /// A directory for writable layers.
 #[derive(Debug)]
 pub(super) struct UpperBase {
     path: PathBuf,
     directory: OwnedFd,
+    secret: Secret,
     // Let go when all is deleted.
     _lock: Flock<File>,
 }
@@ -74,11 +85,19 @@ impl UpperBase {
         if locked.is_err() {
             let _gone = std::fs::remove_dir_all(&unlocked);
         }
+        let mut secret = Secret::default();
+        super::guest::fill_random(&mut secret);
+        let lock = locked?;
         Ok(Self {
             directory: open_directory(&path)?,
-            _lock: locked?,
+            secret,
+            _lock: lock,
             path,
         })
+    }
+
+    pub(super) const fn secret(&self) -> &Secret {
+        &self.secret
     }
 
     pub(super) fn directory(&self) -> BorrowedFd<'_> {
@@ -87,7 +106,7 @@ impl UpperBase {
 
     /// Deletes the layer of a monitor that has ended without doing so.
     pub(super) fn remove(&self, pid: i32) {
-        let name = pid.to_string();
+        let name = layer_name(&self.secret, pid);
         if remove_contents(self.directory.as_fd(), Path::new(&name)).is_ok() {
             let _gone = nix::unistd::unlinkat(
                 self.directory.as_fd(),
@@ -117,7 +136,11 @@ fn sweep(place: &Path) {
             continue;
         };
         if let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            let _another_sweeps = std::fs::remove_dir_all(&path);
+            // What a guest has left may be deeper than the standard library can go.
+            if let Ok(directory) = open_directory(&path) {
+                let _another_sweeps = remove_contents(directory.as_fd(), Path::new("."));
+            }
+            let _gone = std::fs::remove_dir(&path);
             drop(lock);
         }
     }

@@ -7,13 +7,18 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{Reuse, SnapshotPoint, Status};
 
 use super::template::State;
+use super::upper::Secret;
 
 /// From the owner to a zygote.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToZygote {
     /// The first message. Descriptors: the read-only layer, where there is one; the directory for
     /// writable layers, where there is one.
-    Begin { lower: bool, upper: bool },
+    Begin {
+        lower: bool,
+        upper: bool,
+        secret: Secret,
+    },
     /// Make a template. Descriptors: the program, an empty file in memory.
     Build(Build),
     /// Clone this template from now on. Descriptor: its pages.

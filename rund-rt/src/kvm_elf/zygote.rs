@@ -4,6 +4,7 @@
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, getpid};
 
@@ -15,6 +16,7 @@ use super::machine::Host;
 use super::monitor::{self, Template};
 use super::shim::Return;
 use super::template::{Pages, State};
+use super::upper::Secret;
 use super::wire::{Failure, FromZygote, ToZygote};
 
 /// What a zygote works with.
@@ -28,6 +30,10 @@ pub struct Surroundings {
     pub lower: Option<OwnedFd>,
     /// Where writable layers are made.
     pub upper: Option<OwnedFd>,
+    /// What the names of layers there are made from.
+    pub secret: Secret,
+    /// The file of which each sandbox locks a byte.
+    pub locks: &'static OwnedFd,
 }
 
 /// Runs a zygote on the channel that is standard input, until the owner is gone.
@@ -50,12 +56,19 @@ pub fn run() -> i32 {
 fn begin(owner: &mut Channel) -> Result<Surroundings, Failure> {
     let other = |why: String| Failure::Other(why);
     let (message, fds) = owner.receive(None).map_err(|why| other(why.to_string()))?;
-    let ToZygote::Begin { lower, upper } = message else {
+    let ToZygote::Begin {
+        lower,
+        upper,
+        secret,
+    } = message
+    else {
         return Err(other("an unexpected first message".into()));
     };
     let mut fds = fds.into_iter();
     let lower = if lower { fds.next() } else { None };
     let upper = if upper { fds.next() } else { None };
+    let locks = memfd_create(c"rund-locks", MFdFlags::MFD_CLOEXEC)
+        .map_err(|why| other(format!("locks: {why}")))?;
     let host = Host::open().map_err(|why| Failure::Kvm(why.to_string()))?;
     // SAFETY: a mask; guests have their own, which is applied to what they make.
     unsafe { libc::umask(0) };
@@ -74,6 +87,9 @@ fn begin(owner: &mut Channel) -> Result<Surroundings, Failure> {
         way_back,
         lower,
         upper,
+        secret,
+        // For as long as there is a zygote, and in its monitors.
+        locks: Box::leak(Box::new(locks)),
     })
 }
 

@@ -13,7 +13,7 @@ use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use super::plan::{CONTINUE, ENDED, End, PACKET, STOP};
 use super::spawn::Started;
 use crate::backend::{Exit, Instance, Kill, KillHandle, Stats, Status};
-use crate::cgroup::CgroupLease;
+use crate::cgroup::{CgroupLease, Usage};
 use crate::error::{Error, Result};
 use crate::rootfs::Rootfs;
 
@@ -174,6 +174,7 @@ impl Process {
         exit.stdout = inner.captured.take(0)?;
         exit.stderr = inner.captured.take(1)?;
         inner.stats.run = inner.began.elapsed();
+        inner.stats.usage = inner.usage();
         exit.stats = inner.stats.clone();
         // Not before it is dead, and not later: what it had goes back now.
         inner.rootfs = None;
@@ -217,6 +218,7 @@ impl Instance for Process {
         let mut stats = inner.stats.clone();
         if inner.exit.is_none() {
             stats.run = inner.began.elapsed();
+            stats.usage = inner.usage();
             stats.pss = match &inner.lease {
                 Some(lease) => {
                     let members = lease.members()?;
@@ -267,6 +269,10 @@ impl Instance for Process {
 }
 
 impl Inner {
+    fn usage(&self) -> Option<Usage> {
+        self.lease.as_ref()?.usage().ok()
+    }
+
     /// The next packet of the helper; nothing once it is gone.
     fn hear(&self) -> Result<Option<Vec<u8>>> {
         let mut packet = [0; PACKET];

@@ -269,7 +269,8 @@ impl ProcessBackend {
             None => Ok(None),
             Some((_, what)) => Err(Error::NoController {
                 what,
-                why: "this backend was given no pool of control groups".to_owned(),
+                why: "the backend has no pool of control groups; give it one by `cgroups`"
+                    .to_owned(),
             }),
         }
     }
@@ -347,7 +348,7 @@ fn open_program(path: &Path) -> Result<(OwnedFd, ByteSize)> {
         program: path.display().to_string(),
         why: why.to_owned(),
     };
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let mut file = File::open(path).map_err(|why| bad(&why.to_string()))?;
     let mut magic = [0; ELF.len()];
     match file.read_exact(&mut magic) {
         Ok(()) if magic == *ELF => {}

@@ -4,7 +4,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
@@ -36,6 +36,20 @@ impl From<rustix::io::Errno> for Refused {
             why => Self::Io(why.into()),
         }
     }
+}
+
+/// The host's path of the regular file at `inside` in `root`: an absolute link begins at the root.
+pub(crate) fn find_in_root(root: &Path, inside: &Path) -> io::Result<PathBuf> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(root, flags, Mode::empty())?;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let rules = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let file = openat2(&folder, inside, flags, Mode::empty(), rules)?;
+    let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
+    if kind != rustix::fs::FileType::RegularFile {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 impl Beneath {

@@ -19,6 +19,7 @@ mod reflink;
 mod store;
 mod sweep;
 
+pub(crate) use beneath::find_in_root;
 pub use image::{Format, Image};
 pub use layers::{Layer, LayerLimits, unpack};
 pub use reflink::{Copied, copy_file};

@@ -114,7 +114,8 @@ impl Lower {
         &self.image
     }
 
-    /// Its root, read-only.
+    /// Its root: the file system of an image, mounted read-only, or the directory itself, which whoever
+    /// has the right to can write to.
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.mounted.root.as_fd()
     }

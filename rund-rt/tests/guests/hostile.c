@@ -101,6 +101,10 @@ int main(int argc, char **argv) {
     if (!strcmp(what, "hlt")) { __asm__ volatile("hlt"); return 0; }
     if (!strcmp(what, "out")) { __asm__ volatile("outb %%al, $0x70" ::"a"(0)); return 0; }
     if (!strcmp(what, "in")) { __asm__ volatile("inb $0x60, %%al" ::: "al"); return 0; }
+    // Ports that something answers for, in the wrong way.
+    if (!strcmp(what, "in80")) { __asm__ volatile("inb $0x80, %%al" ::: "al"); return 0; }
+    if (!strcmp(what, "insb")) { char b[2]; void *p = b; long n = 2; __asm__ volatile("rep insb" : "+D"(p), "+c"(n) : "d"(0xa1) : "memory"); return 0; }
+    if (!strcmp(what, "out82")) { __asm__ volatile("outw %%ax, $0x82" ::"a"(0)); return 0; }
     if (!strcmp(what, "cr3")) { __asm__ volatile("mov %%cr3, %%rax" ::: "rax"); return 0; }
     if (!strcmp(what, "wrmsr")) { __asm__ volatile("wrmsr" ::"c"(0xc0000082), "a"(0), "d"(0)); return 0; }
     if (!strcmp(what, "lidt")) {

@@ -19,9 +19,11 @@ fn main() -> ExitCode {
     let options = Options::parse();
     match dispatch(&options) {
         Ok(code) => code,
+        // Who listened has heard enough.
+        Err(why) if is_broken_pipe(&why) => ExitCode::SUCCESS,
         Err(why) => {
             let code = exit_code(&why);
-            output::error(&format!("{why:#}"), kind(code), options.json);
+            output::error(&causes(&why), kind(code), options.json);
             ExitCode::from(code)
         }
     }
@@ -36,6 +38,23 @@ fn dispatch(options: &Options) -> anyhow::Result<ExitCode> {
         Command::Ps => processes::list(options),
         Command::Stats => processes::stats(options),
     }
+}
+
+/// What went wrong and why, each said once: many errors say their cause themselves.
+fn causes(why: &anyhow::Error) -> String {
+    why.chain().fold(String::new(), |said, cause| {
+        let cause = cause.to_string();
+        if said.contains(&cause) {
+            return said;
+        }
+        let between = if said.is_empty() { "" } else { ": " };
+        format!("{said}{between}{cause}")
+    })
+}
+
+fn is_broken_pipe(why: &anyhow::Error) -> bool {
+    why.downcast_ref::<std::io::Error>()
+        .is_some_and(|why| why.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// As `--help` says.

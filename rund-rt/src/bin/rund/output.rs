@@ -1,26 +1,30 @@
 //! What goes to the terminal.
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "it is for that")]
 
+use std::io::{self, Write};
+
+use anyhow::Context;
 use serde::Serialize;
 
 /// One line of JSON.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string(value)?);
-    Ok(())
+    line(serde_json::to_string(value)?)
 }
 
-pub(crate) fn line(text: &str) {
-    println!("{text}");
+/// Prints `text` and a line end.
+pub(crate) fn line(text: impl AsRef<str>) -> anyhow::Result<()> {
+    writeln!(io::stdout().lock(), "{}", text.as_ref()).context("cannot write to standard output")
 }
 
+/// Says something beside the results.
 pub(crate) fn note(text: &str) {
-    eprintln!("{text}");
+    // Where standard error is closed there is nobody to tell.
+    let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 pub(crate) fn error(text: &str, kind: &str, as_json: bool) {
     if as_json {
-        eprintln!("{}", serde_json::json!({ "error": text, "kind": kind }));
+        note(&serde_json::json!({ "error": text, "kind": kind }).to_string());
     } else {
-        eprintln!("rund: {text}");
+        note(&format!("rund: {text}"));
     }
 }

@@ -30,6 +30,10 @@ fn find() -> Vec<Process> {
             _ => continue,
         };
         let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
+        // Ended, and not yet waited for by its parent.
+        if status.contains("\nState:\tZ") {
+            continue;
+        }
         let parent = status
             .lines()
             .find_map(|line| line.strip_prefix("PPid:"))
@@ -56,15 +60,15 @@ pub(crate) fn list(options: &Options) -> anyhow::Result<ExitCode> {
         output::json(&found)?;
         return Ok(ExitCode::SUCCESS);
     }
-    output::line("    PID  PARENT  ROLE     PSS");
+    output::line("    PID  PARENT  ROLE     PSS")?;
     for process in found {
         let pss = process
             .pss_bytes
             .map_or("?".into(), |bytes| format!("{} KiB", bytes >> 10));
-        output::line(&format!(
+        output::line(format!(
             "{:>7} {:>7}  {:<8} {pss}",
             process.pid, process.parent, process.role
-        ));
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -81,11 +85,11 @@ pub(crate) fn stats(options: &Options) -> anyhow::Result<ExitCode> {
             "pss_bytes": bytes,
         }))?;
     } else {
-        output::line(&format!(
+        output::line(format!(
             "{zygotes} templates in use, {monitors} virtual machine monitors, {} KiB of memory \
              together (PSS)",
             bytes >> 10
-        ));
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

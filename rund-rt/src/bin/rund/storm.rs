@@ -3,23 +3,32 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
-use rund_rt::{CloneSpec, Runtime};
+use anyhow::Context;
+use rund_rt::{CloneSpec, Stdin};
 use serde_json::json;
 
 use crate::options::{Options, Storm};
 use crate::output;
 
 pub(crate) fn storm(options: &Options, storm: &Storm) -> anyhow::Result<ExitCode> {
-    ensure!(storm.number > 0, "no sandboxes");
-    let runtime = Runtime::builder().build()?;
+    let runtime = super::run::runtime(&storm.guest, None)?;
     let template = runtime.prepare(&super::run::spec(&storm.guest, &storm.program)?)?;
-    let first = runtime.start(&template, CloneSpec::new())?.wait(None)?;
+    let input = match &storm.input {
+        Some(path) => {
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?
+        }
+        None => Vec::new(),
+    };
+    let clone = || CloneSpec::new().stdin(Stdin::Bytes(input.clone()));
+    let first = runtime.start(&template, clone())?.wait(None)?;
+    if !first.status.success() {
+        output::note(&format!("rund: the first ended with {}", first.status));
+    }
     let expected = (first.status, first.stdout);
 
     let began = Instant::now();
     let sandboxes: Vec<_> = runtime
-        .start_many(&template, (0..storm.number).map(|_| CloneSpec::new()))
+        .start_many(&template, (0..storm.number).map(|_| clone()))
         .into_iter()
         .collect::<Result<_, _>>()?;
     let mut starts = Vec::new();
@@ -32,7 +41,7 @@ pub(crate) fn storm(options: &Options, storm: &Storm) -> anyhow::Result<ExitCode
     let took = began.elapsed().as_secs_f64();
     starts.sort_by(f64::total_cmp);
     let at = |q: f64| starts[((starts.len() - 1) as f64 * q) as usize];
-    let rate = storm.number as f64 / took;
+    let rate = f64::from(storm.number) / took;
     if let Some(path) = &storm.svg {
         let title = format!("{} sandboxes, {rate:.0} a second", storm.number);
         std::fs::write(path, distribution(&title, &starts))
@@ -45,19 +54,22 @@ pub(crate) fn storm(options: &Options, storm: &Storm) -> anyhow::Result<ExitCode
             "per_second": rate,
             "start_seconds": { "p50": at(0.5) / 1e3, "p99": at(0.99) / 1e3, "max": at(1.0) / 1e3 },
             "wrong": wrong,
+            "exit_code": first.status.shell_code(),
             "isolation": runtime.capabilities().isolation,
         }))?;
     } else {
-        output::line(&format!(
+        output::line(format!(
             "{} sandboxes in {took:.3} s, {rate:.0} a second; from request to first instruction \
              p50 {:.2} ms, p99 {:.2} ms; {wrong} said something else than the first; isolation: {}",
             storm.number,
             at(0.5),
             at(0.99),
             runtime.capabilities().isolation
-        ));
+        ))?;
     }
-    Ok(ExitCode::from(u8::from(wrong > 0)))
+    Ok(ExitCode::from(u8::from(
+        wrong > 0 || !first.status.success(),
+    )))
 }
 
 /// A picture of sorted times in milliseconds: which share was started within which time.

@@ -68,17 +68,13 @@ impl Kernel {
         }
         match &*open.borrow() {
             Open::Host(file) => {
-                let at = if file.upper { position(file)? } else { 0 };
-                let grown = self.grow(file, at, room)?;
                 let place = memory.user(from, room, false)?;
-                // SAFETY: `user` has checked `room` bytes.
-                let n = unsafe {
-                    libc::write(file.fd.as_raw_fd(), place.as_ptr().cast(), room as usize)
-                };
-                if n < 0 {
-                    self.layers.give_back(grown);
-                }
-                count(n)
+                self.put_file(file, None, room, || {
+                    // SAFETY: `user` has checked `room` bytes.
+                    count(unsafe {
+                        libc::write(file.fd.as_raw_fd(), place.as_ptr().cast(), room as usize)
+                    })
+                })
             }
             Open::Captured(stream) => {
                 let mut bytes = vec![0; room as usize];
@@ -91,18 +87,26 @@ impl Kernel {
         }
     }
 
-    /// Counts what a write of `len` bytes at `at` adds to the writable layer; gives the bytes.
-    pub(super) fn grow(&self, file: &HostFile, at: u64, len: u64) -> Result<u64, Errno> {
+    /// Writes `len` bytes to a file by `write`: at `at`, or at its position. What it adds to the
+    /// writable layer is counted.
+    pub(super) fn put_file(
+        &mut self,
+        file: &HostFile,
+        at: Option<u64>,
+        len: u64,
+        write: impl FnOnce() -> Answer,
+    ) -> Answer {
         if !file.upper {
-            return Ok(0);
+            return write();
         }
-        let size = u64::try_from(fstat(&file.fd)?.st_size).unwrap_or(0);
-        let end = at.checked_add(len).ok_or(Errno::EFBIG)?;
-        let grown = end.saturating_sub(size);
-        if grown > 0 {
-            self.layers.grow(grown)?;
-        }
-        Ok(grown)
+        let change = self.layers.change()?;
+        let at = match at {
+            Some(at) => at,
+            None => position(file)?,
+        };
+        let write = || write().map(|n| n as u64);
+        let written = self.layers.write(&change, &file.fd, (at, len), write)?;
+        Ok(written as i64)
     }
 
     /// Addresses and lengths of a vector.
@@ -195,20 +199,11 @@ impl Kernel {
         let len = len.min(MOST_BYTES);
         let place = memory.user(from, len, false)?;
         let offset = i64::try_from(at).map_err(|_| Errno::EINVAL)?;
-        let grown = self.grow(file, at, len)?;
-        // SAFETY: `user` has checked `len` bytes.
-        let n = unsafe {
-            libc::pwrite(
-                file.fd.as_raw_fd(),
-                place.as_ptr().cast(),
-                len as usize,
-                offset,
-            )
-        };
-        if n < 0 {
-            self.layers.give_back(grown);
-        }
-        count(n)
+        self.put_file(file, Some(at), len, || {
+            let (fd, place) = (file.fd.as_raw_fd(), place.as_ptr());
+            // SAFETY: `user` has checked `len` bytes.
+            count(unsafe { libc::pwrite(fd, place.cast(), len as usize, offset) })
+        })
     }
 
     /// `lseek`
@@ -362,9 +357,11 @@ impl Kernel {
         if !file.upper {
             return Err(Errno::EINVAL);
         }
-        self.grow(file, 0, len)?;
-        let len = i64::try_from(len).map_err(|_| Errno::EINVAL)?;
-        nix::unistd::ftruncate(&file.fd, len)?;
+        if i64::try_from(len).is_err() {
+            return Err(Errno::EINVAL);
+        }
+        let change = self.layers.change()?;
+        self.layers.set_len(&change, &file.fd, len)?;
         Ok(0)
     }
 
@@ -608,6 +605,7 @@ impl HostFile {
             upper: false,
             regular: false,
             path: Vec::new(),
+            held: None,
         }
     }
 }

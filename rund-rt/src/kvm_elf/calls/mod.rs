@@ -6,6 +6,7 @@
 //! [`Table`](table::Table), every path through the [`Layers`](layers::Layers); the host's calls that
 //! come of it are those of a process without rights, in a filter.
 
+pub mod account;
 pub mod children;
 pub mod file;
 pub mod layers;
@@ -26,6 +27,7 @@ use nix::errno::Errno;
 use crate::backend::{SnapshotPoint, Status};
 
 use super::memory::{Fault, GuestMemory};
+use account::{Account, Held};
 use children::Children;
 use layers::Layers;
 use output::Outputs;
@@ -80,6 +82,8 @@ pub struct Program {
     pub len: u64,
     /// Whether the guest can change it, and so could cut it short beneath a mapping.
     pub changes: bool,
+    /// That it is open, where it is of the writable layer.
+    pub held: Option<Rc<Held>>,
 }
 
 impl Program {
@@ -154,8 +158,8 @@ pub struct Kernel {
     pub name: [u8; 16],
     /// Its children.
     pub children: Children,
-    /// How many processes it may have at a time.
-    pub most_children: usize,
+    /// What all processes of the sandbox use together.
+    pub account: &'static Account,
     /// Whether there ever was another process of this sandbox.
     pub relatives: bool,
     /// While a template is being built: when it is saved.
@@ -174,6 +178,39 @@ impl From<Fault> for Errno {
 }
 
 impl Kernel {
+    /// The files of the writable layer that this process has open.
+    fn held(&self) -> impl Iterator<Item = Rc<Held>> {
+        let files = self
+            .table
+            .iter()
+            .filter_map(|(_, open)| match &*open.borrow() {
+                table::Open::Host(file) => file.held.clone(),
+                _ => None,
+            });
+        let mut seen = Vec::new();
+        files.chain(self.program.held.clone()).filter(move |held| {
+            let new = !seen.contains(&Rc::as_ptr(held));
+            seen.push(Rc::as_ptr(held));
+            new
+        })
+    }
+
+    /// A process that is about to be forked will have open what this one has.
+    pub fn share_files(&self) {
+        self.held().for_each(|held| held.share());
+    }
+
+    /// That process was not made.
+    pub fn unshare_files(&self) {
+        self.held().for_each(|held| held.unshare());
+    }
+
+    /// Closes all files, at the end.
+    pub fn close_files(&mut self) {
+        self.table.clear();
+        self.program.held = None;
+    }
+
     /// Does what the guest asks for.
     pub fn call(&mut self, memory: &GuestMemory, call: Call) -> Outcome {
         if self.saves_before(&call) {

@@ -8,7 +8,7 @@ use nix::sys::stat::Mode;
 
 use super::super::memory::GuestMemory;
 use super::file::{directory, made_up};
-use super::layers::{MOST_PATH, Place, split};
+use super::layers::{LayerFile, MOST_PATH, Place, split};
 use super::table::{HostFile, Open};
 use super::{AT_FDCWD, Answer, Kernel, NOFOLLOW, bytes_of};
 
@@ -92,6 +92,7 @@ impl Kernel {
         }
         let follow =
             !flags.contains(OFlag::O_NOFOLLOW) && !flags.contains(OFlag::O_CREAT | OFlag::O_EXCL);
+        let change = self.layers.change()?;
         let place = self.layers.walk(path, follow)?;
         let create = flags.contains(OFlag::O_CREAT);
         let Some(found) = place.found else {
@@ -100,13 +101,8 @@ impl Kernel {
             }
             let mode = mode as u32 & 0o777 & !self.umask;
             let mode = Mode::from_bits_truncate(mode);
-            let fd = self.layers.open_write(&place, flags, mode)?;
-            return Ok(Open::Host(HostFile {
-                fd,
-                upper: true,
-                regular: true,
-                path: place.path,
-            }));
+            let file = self.layers.open_write(&change, &place, flags, mode)?;
+            return Ok(regular(file, true, place.path));
         };
         if create && flags.contains(OFlag::O_EXCL) {
             return Err(Errno::EEXIST);
@@ -128,17 +124,13 @@ impl Kernel {
                 Errno::ENXIO
             });
         }
-        let fd = if write {
-            self.layers.open_write(&place, flags, Mode::empty())?
+        let file = if write {
+            self.layers
+                .open_write(&change, &place, flags, Mode::empty())?
         } else {
             self.layers.open_read(&place)?
         };
-        Ok(Open::Host(HostFile {
-            fd,
-            upper: write,
-            regular: true,
-            path: place.path,
-        }))
+        Ok(regular(file, write, place.path))
     }
 
     /// What `/proc` has that programs ask for, in the sandbox's own terms.
@@ -276,7 +268,9 @@ impl Kernel {
         let mode = mode as i32;
         if mode & libc::W_OK != 0 && device(&path).is_none() {
             // The guest is its sandbox's owner: it may write where there is a layer to write to.
-            self.layers.grow(0)?;
+            if !self.layers.is_writable() {
+                return Err(Errno::EROFS);
+            }
         }
         let is_directory = stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
         if mode & libc::X_OK != 0 && !is_directory && stat.st_mode & 0o111 == 0 {
@@ -330,6 +324,23 @@ impl Kernel {
         Ok(0)
     }
 
+    /// Makes `path` the working directory, before there is a guest.
+    ///
+    /// # Errors
+    /// Where it is none.
+    pub fn enter(&mut self, path: &[u8]) -> Result<(), String> {
+        // The root is there even where nothing is in it.
+        if path != b"/" {
+            let found = self.layers.walk(path, true).ok().and_then(|p| p.found);
+            if !found.is_some_and(|found| found.is_directory()) {
+                let path = String::from_utf8_lossy(path);
+                return Err(format!("its root has no directory {path} to work in"));
+            }
+        }
+        self.cwd = path.to_vec();
+        Ok(())
+    }
+
     /// `fchdir`
     pub fn fchdir(&mut self, fd: u64) -> Answer {
         self.table.slot(fd)?;
@@ -343,9 +354,10 @@ impl Kernel {
         while path.len() > 1 && path.ends_with(b"/") {
             path.pop();
         }
+        let change = self.layers.change()?;
         let place = self.layers.walk(&path, false)?;
         let mode = Mode::from_bits_truncate(mode as u32 & 0o777 & !self.umask);
-        self.layers.make_directory(&place, mode)?;
+        self.layers.make_directory(&change, &place, mode)?;
         Ok(0)
     }
 
@@ -356,8 +368,9 @@ impl Kernel {
         if is_directory && path.ends_with(b"/.") {
             return Err(Errno::EINVAL);
         }
+        let change = self.layers.change()?;
         let place = self.layers.walk(&path, false)?;
-        self.layers.remove(&place, is_directory)?;
+        self.layers.remove(&change, &place, is_directory)?;
         Ok(0)
     }
 
@@ -370,6 +383,7 @@ impl Kernel {
         to_at: u64,
         to: u64,
     ) -> Answer {
+        let change = self.layers.change()?;
         let from = self.place(memory, from_at, from, false)?;
         let mut to = self.path(memory, to_at, to)?;
         if from.found.is_some_and(|found| found.is_directory()) {
@@ -378,7 +392,7 @@ impl Kernel {
             }
         }
         let to = self.layers.walk(&to, false)?;
-        self.layers.rename(&from, &to)?;
+        self.layers.rename(&change, &from, &to)?;
         Ok(0)
     }
 
@@ -390,8 +404,9 @@ impl Kernel {
         if target.is_empty() {
             return Err(Errno::ENOENT);
         }
+        let change = self.layers.change()?;
         let place = self.place(memory, at, name, false)?;
-        self.layers.symlink(&target, &place)?;
+        self.layers.symlink(&change, &target, &place)?;
         Ok(0)
     }
 
@@ -399,22 +414,24 @@ impl Kernel {
     pub fn link(&mut self, memory: &GuestMemory, args: [u64; 5]) -> Answer {
         let [from_at, from, to_at, to, flags] = args;
         let follow = flags & libc::AT_SYMLINK_FOLLOW as u64 != 0;
+        let change = self.layers.change()?;
         let from = self.place(memory, from_at, from, follow)?;
         let to = self.place(memory, to_at, to, false)?;
-        self.layers.link(&from, &to)?;
+        self.layers.link(&change, &from, &to)?;
         Ok(0)
     }
 
     /// `fchmodat`
     pub fn chmod(&mut self, memory: &GuestMemory, at: u64, name: u64, mode: u64) -> Answer {
+        let change = self.layers.change()?;
         let place = self.place(memory, at, name, true)?;
         let mode = mode as u32 & 0o777;
         // What is as it should be needs no copy.
         if place.found.is_some_and(|f| f.stat.st_mode & 0o7777 == mode) {
             return Ok(0);
         }
-        let fd = self.layers.open_changed(&place)?;
-        nix::sys::stat::fchmod(&fd, Mode::from_bits_truncate(mode))?;
+        let mode = Mode::from_bits_truncate(mode);
+        self.layers.set_mode(&change, &place, mode)?;
         Ok(0)
     }
 
@@ -458,8 +475,9 @@ impl Kernel {
                 _ => return Ok(0),
             }
         } else {
+            let change = self.layers.change()?;
             let place = self.place(memory, at, name, flags & NOFOLLOW == 0)?;
-            self.layers.open_changed(&place)?
+            self.layers.open_changed(&change, &place)?
         };
         use std::os::fd::AsRawFd;
         // SAFETY: a descriptor of ours and two structures that are read.
@@ -472,6 +490,7 @@ impl Kernel {
         if path == b"/proc/self/exe" || path == self.program_path {
             return Ok((self.program.clone(), self.program_path.clone()));
         }
+        let _unchanged = self.layers.change()?;
         let place = self.layers.walk(path, true)?;
         let found = place.found.ok_or(Errno::ENOENT)?;
         if !found.is_regular() || found.stat.st_mode & 0o111 == 0 {
@@ -482,11 +501,13 @@ impl Kernel {
         if found.stat.st_size > MOST {
             return Err(Errno::ENOMEM);
         }
+        let file = self.layers.open_read(&place)?;
         let program = super::Program {
-            fd: Rc::new(self.layers.open_read(&place)?),
+            fd: Rc::new(file.fd),
             offset: 0,
             len: found.stat.st_size.unsigned_abs(),
             changes: found.presence.upper,
+            held: file.held.map(Rc::new),
         };
         Ok((program, place.path))
     }
@@ -498,6 +519,17 @@ impl Kernel {
         }
         [&self.cwd[..], b"/", path].concat()
     }
+}
+
+/// An open regular file of the layers.
+pub fn regular(file: LayerFile, writes: bool, path: Vec<u8>) -> Open {
+    Open::Host(HostFile {
+        fd: file.fd,
+        upper: writes,
+        regular: true,
+        path,
+        held: file.held.map(Rc::new),
+    })
 }
 
 /// The last component of a path.

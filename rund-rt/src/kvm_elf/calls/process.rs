@@ -217,9 +217,6 @@ impl Kernel {
         child_id_at: u64,
         parent_id_at: u64,
     ) -> Result<Outcome, Errno> {
-        if self.children.len() >= self.most_children {
-            return Err(Errno::EAGAIN);
-        }
         Ok(Outcome::Fork {
             stack,
             child_id_at,

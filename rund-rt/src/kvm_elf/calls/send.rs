@@ -77,13 +77,8 @@ impl Kernel {
     fn put(&mut self, target: &Open, bytes: &[u8]) -> Result<usize, Errno> {
         match target {
             Open::Host(file) => {
-                let at = if file.upper { position(file)? } else { 0 };
-                let grown = self.grow(file, at, bytes.len() as u64)?;
-                let written = nix::unistd::write(file.fd.as_fd(), bytes);
-                if written.is_err() {
-                    self.layers.give_back(grown);
-                }
-                written
+                let write = || nix::unistd::write(file.fd.as_fd(), bytes).map(|n| n as i64);
+                Ok(self.put_file(file, None, bytes.len() as u64, write)? as usize)
             }
             Open::Captured(stream) => {
                 self.outputs.take(*stream, bytes);

@@ -6,6 +6,8 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
+use super::account::Held;
+
 /// The most descriptors of one guest process.
 pub const MOST_DESCRIPTORS: usize = 256;
 
@@ -38,12 +40,14 @@ pub enum Open {
 pub struct HostFile {
     /// The host's descriptor.
     pub fd: OwnedFd,
-    /// Whether it is a regular file of the writable layer, whose growth counts.
+    /// Whether it is a regular file of the writable layer, open for writing: its growth counts.
     pub upper: bool,
     /// Whether it is a regular file.
     pub regular: bool,
     /// Its absolute path inside, where it has one.
     pub path: Vec<u8>,
+    /// That it is open, where it is of the writable layer.
+    pub held: Option<Rc<Held>>,
 }
 
 /// A directory that is open.
