@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -628,6 +628,42 @@ fn a_program_finds_itself_where_its_own_container_has_it() {
             let said = String::from_utf8_lossy(&done.stdout);
             assert_eq!(said.trim_end(), program, "{id}: {done:?}");
         }
+    }
+}
+
+#[test]
+fn a_detached_container_goes_on_though_nobody_reads_it_and_takes_all_with_it_at_its_end() {
+    carlsbad_kit::require!(
+        Capability::Root,
+        Capability::ControlGroups,
+        Capability::Containerd
+    );
+    let containerd = Containerd::start();
+    for backend in backends() {
+        let script = "while :; do echo x; /bin/sleep 0.05; done";
+        // The reader of its output ends with this.
+        containerd
+            .run(&["-d"], Some(backend), backend, script)
+            .output()
+            .unwrap();
+        let mut entered = containerd
+            .command(&["task", "exec", "--exec-id", "e", backend])
+            .args(["/bin/sh", "-c", "echo entered; /bin/sleep 100"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0; 8];
+        let mut output = entered.stdout.take().unwrap();
+        output.read_exact(&mut line).unwrap();
+        assert_eq!(&line, b"entered\n");
+        thread::sleep(Duration::from_millis(500));
+        containerd.wait_for(backend, "RUNNING");
+
+        containerd.good(&["task", "kill", "-s", "SIGTERM", backend]);
+        containerd.wait_for(backend, "STOPPED");
+        assert_eq!(entered.wait().unwrap().code(), Some(137), "{backend}");
+        containerd.ctr(&["task", "delete", backend]);
+        containerd.good(&["container", "rm", backend]);
     }
 }
 

@@ -226,8 +226,9 @@ impl Tasks {
             anyhow::bail!("it was started already");
         };
         clone.stdin = process.names.input();
-        clone.stdout = stdio::output(&process.names.stdout)?;
-        clone.stderr = stdio::output(&process.names.stderr)?;
+        let (stdout, out) = stdio::output(&process.names.stdout)?;
+        let (stderr, err) = stdio::output(&process.names.stderr)?;
+        (clone.stdout, clone.stderr) = (stdout, stderr);
         let engine = self
             .shared
             .engine()
@@ -249,8 +250,14 @@ impl Tasks {
         }
         let pid = instance.pid().unwrap_or_default();
         let waits = Arc::clone(&instance);
-        process.began(pid, Running { instance, carrier });
+        let running = Running {
+            instance,
+            carrier,
+            _readers: [out, err],
+        };
+        process.began(pid, running);
         let (shared, process) = (Arc::clone(&self.shared), Arc::clone(process));
+        let container = Arc::clone(container);
         let id = container.id.clone();
         // Ends with the sandbox, which ends with the shim at the latest.
         thread::Builder::new()
@@ -258,6 +265,13 @@ impl Tasks {
             .spawn(move || {
                 let ended = waits.wait(None);
                 drop(waits);
+                // As in a PID namespace, whose first process takes all others with it.
+                if process.exec_id.is_empty()
+                    && let Err(why) = container.end_others(DEATH)
+                {
+                    tracing::warn!(%why, id, "a process of an ended container runs on");
+                }
+                drop(container);
                 let (code, killed) = match ended {
                     Ok(exit) => {
                         let killed = exit.status == ExitStatus::Signal(libc::SIGKILL);
@@ -464,12 +478,7 @@ impl Task for Tasks {
             (state.pid, state.end.clone())
         };
         if request.exec_id.is_empty() {
-            for other in container.all() {
-                if let Some(handle) = other.ask_to_end(libc::SIGKILL) {
-                    handle.kill().map_err(failed)?;
-                    other.wait_at_most(DEATH);
-                }
-            }
+            container.end_others(DEATH).map_err(failed)?;
             self.remove(&container);
         } else {
             container.processes().remove(&request.exec_id);

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,10 +39,12 @@ impl Names {
     }
 }
 
-/// Where output goes: into the pipe or file of that name.
-pub(crate) fn output(name: &str) -> Result<Output> {
+/// Where output goes: into the pipe or file of that name. Where that is a pipe, a reader of it
+/// comes too: while that is open, a program whose output nobody reads any more (of a detached
+/// container, say) waits when the pipe is full, as with runc, rather than end with SIGPIPE.
+pub(crate) fn output(name: &str) -> Result<(Output, Option<File>)> {
     if name.is_empty() {
-        return Ok(Output::Null);
+        return Ok((Output::Null, None));
     }
     let path = Path::new(name.strip_prefix("file://").unwrap_or(name));
     let start = Instant::now();
@@ -55,7 +57,9 @@ pub(crate) fn output(name: &str) -> Result<Output> {
         match opened {
             Ok(file) => {
                 blocking(&file)?;
-                return Ok(Output::File(OwnedFd::from(file)));
+                let is_pipe = file.metadata()?.file_type().is_fifo();
+                let reader = is_pipe.then(|| open_to_read(name)).transpose()?;
+                return Ok((Output::File(OwnedFd::from(file)), reader));
             }
             Err(why) if why.raw_os_error() == Some(libc::ENXIO) && start.elapsed() < READER => {
                 thread::sleep(Duration::from_millis(5));
@@ -63,6 +67,15 @@ pub(crate) fn output(name: &str) -> Result<Output> {
             Err(why) => return Err(why).with_context(|| format!("open {name} for output")),
         }
     }
+}
+
+/// Opens a pipe to read from, whether or not anybody writes into it.
+fn open_to_read(name: &str) -> Result<File> {
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(name);
+    opened.with_context(|| format!("open {name} to read"))
 }
 
 fn blocking(file: &File) -> Result<()> {
@@ -80,11 +93,7 @@ pub(crate) struct Carrier {
 
 impl Carrier {
     pub(crate) fn start(name: &str, to: File) -> Result<Self> {
-        let from = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(name)
-            .with_context(|| format!("open {name} for input"))?;
+        let from = open_to_read(name)?;
         let unwanted = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&unwanted);
         let thread = thread::Builder::new()

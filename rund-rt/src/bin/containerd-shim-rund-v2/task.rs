@@ -1,6 +1,7 @@
 //! Containers, and the processes in them.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,8 @@ enum Phase {
 pub(crate) struct Running {
     pub(crate) instance: Arc<dyn Instance>,
     pub(crate) carrier: Option<Carrier>,
+    /// Held open: see [`output`](crate::stdio::output).
+    pub(crate) _readers: [Option<File>; 2],
 }
 
 /// How a process ended, and when.
@@ -201,6 +204,21 @@ impl Container {
 
     pub(crate) fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
         self.processes().get(exec_id).cloned()
+    }
+
+    /// Ends all of its processes but the first, and waits for their ends for a while.
+    pub(crate) fn end_others(&self, patience: Duration) -> rund_rt::Result<()> {
+        let all = self.all();
+        let others = all.iter().filter(|process| !process.exec_id.is_empty());
+        for other in others {
+            if let Some(handle) = other.ask_to_end(libc::SIGKILL) {
+                // A stopped one would not die.
+                other.pause(false)?;
+                handle.kill()?;
+                other.wait_at_most(patience);
+            }
+        }
+        Ok(())
     }
 
     /// All of its processes.
