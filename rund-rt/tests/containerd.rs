@@ -666,3 +666,49 @@ fn a_detached_container_goes_on_though_nobody_reads_it_and_takes_all_with_it_at_
         containerd.good(&["container", "rm", backend]);
     }
 }
+
+#[test]
+fn a_pause_stops_all_that_a_container_has_started() {
+    carlsbad_kit::require!(
+        Capability::Root,
+        Capability::ControlGroups,
+        Capability::Containerd
+    );
+    let containerd = Containerd::start();
+    for backend in backends() {
+        let script = "t() { while :; do echo $1; /bin/sleep 0.05; done; }; t a & (t b & t c)";
+        let path = containerd.dir.path().join(format!("{backend}.out"));
+        let mut ctr = containerd
+            .run(&[], Some(backend), backend, script)
+            .stdout(fs::File::create(&path).unwrap())
+            .spawn()
+            .unwrap();
+        let written = || fs::read_to_string(&path).unwrap();
+        let start = Instant::now();
+        let wait_for = |done: &dyn Fn(&str) -> bool| {
+            while !done(&written()) {
+                assert!(
+                    start.elapsed() < PATIENCE,
+                    "{backend}: {}",
+                    containerd.log()
+                );
+                thread::sleep(Duration::from_millis(20));
+            }
+        };
+        wait_for(&|text| ["a\n", "b\n", "c\n"].iter().all(|line| text.contains(line)));
+        containerd.good(&["task", "pause", backend]);
+        // What was written before is carried to the end.
+        thread::sleep(Duration::from_millis(500));
+        let before = written().len();
+        thread::sleep(Duration::from_secs(1));
+        assert_eq!(written().len(), before, "{backend}");
+        containerd.good(&["task", "resume", backend]);
+        for line in ["a\n", "b\n", "c\n"] {
+            wait_for(&|text| text[before..].contains(line));
+        }
+        // `ctr` deletes the task when it has ended.
+        containerd.good(&["task", "kill", "-s", "SIGKILL", backend]);
+        assert_eq!(ctr.wait().unwrap().code(), Some(137), "{backend}");
+        containerd.good(&["container", "rm", backend]);
+    }
+}
