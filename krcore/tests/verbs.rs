@@ -598,6 +598,10 @@ fn an_attached_process_reaches_a_peer_through_the_daemon_without_a_copy() {
     queue.post(&[wrong]).unwrap();
     let (id, status) = done(&mut queue);
     assert!(id == 3 && matches!(status, Status::Refused(_)), "{status}");
+    // What the daemon refuses does not wait for what is under way.
+    let fence = WorkRequest::new(4, Op::Fence, memory.slice(0, 0), t.far.remote(0));
+    queue.post(&[fence]).unwrap();
+    assert_eq!(done(&mut queue), (4, Status::Success));
     assert_eq!(word(&t.far, 8192), 100);
 
     // The other way: a peer WRITEs into the process's memory, which the daemon's node publishes.
