@@ -344,7 +344,8 @@ impl Pool {
     }
 
     /// Declares a host dead: its leases do not count any more. That it runs no process that uses the
-    /// pool is the caller's word: memory that such a process still maps may be given to others.
+    /// pool is the caller's word: memory that such a process still maps may be given to others. Leases
+    /// whose head is damaged count nevertheless, until a process of that host opens the pool.
     ///
     /// # Errors
     /// Where the pool has no such host, or it is this one.
