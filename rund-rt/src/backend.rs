@@ -281,7 +281,7 @@ pub struct Limits {
     /// Time from start to end; a sandbox that takes longer is killed.
     pub run_time: Option<Duration>,
     /// Bytes in its writable layer. A name counts 4 KiB beside what is in it, and a file without one
-    /// counts for as long as it is open.
+    /// counts for as long as it is open. With none there is no such layer, and the root is read-only.
     pub upper: ByteSize,
     /// Bytes of captured output; what comes behind them is dropped, and [`Exit::truncated`] says
     /// so.

@@ -188,8 +188,9 @@ impl Bundle {
         &self.root
     }
 
-    /// The configuration. Whether its root is read-only is for the caller to see to: with backend
-    /// `process` without a store of roots a template's root is, with `kvm-elf` none is.
+    /// The configuration. Whether its root is read-only is for the caller to see to: a template's root
+    /// is with backend `process` without a store of roots, and with `kvm-elf` where a clone's
+    /// [`Limits::upper`](crate::Limits::upper) is nothing.
     pub fn spec(&self) -> &Spec {
         &self.spec
     }

@@ -533,14 +533,14 @@ fn what_is_asked_for_and_not_done_is_refused() {
 }
 
 #[test]
-fn a_read_only_root_is_one_or_is_refused() {
+fn a_read_only_root_is_one() {
     carlsbad_kit::require!(
         Capability::Root,
         Capability::ControlGroups,
         Capability::Containerd
     );
     let containerd = Containerd::start();
-    let script = "echo x > /usr/f; echo $?; echo x >> /bin/busybox; echo $?; cat /usr/f";
+    let script = "echo x > /usr/f; echo $?; rm /bin/busybox; echo $?; cat /usr/f";
     let run = |backend: Option<&str>, id: &str| {
         let mut command = containerd.run(&["--rm", "--read-only"], backend, id, script);
         let done = command.output().unwrap();
@@ -551,17 +551,13 @@ fn a_read_only_root_is_one_or_is_refused() {
         String::from_utf8_lossy(&expected.2).contains("Read-only file system"),
         "{expected:?}"
     );
-    assert_eq!(
-        run(Some("process"), "process-ro"),
-        expected,
-        "{}",
-        containerd.log()
-    );
+    let mut backends = vec!["process"];
     if Capability::Kvm.is_present() {
-        let (code, stdout, stderr) = run(Some("kvm-elf"), "kvm-elf-ro");
-        assert_eq!((code, stdout), (Some(1), Vec::new()));
-        let said = String::from_utf8_lossy(&stderr);
-        assert!(said.contains("read-only root"), "{said}");
+        backends.push("kvm-elf");
+    }
+    for backend in backends {
+        let done = run(Some(backend), &format!("{backend}-ro"));
+        assert_eq!(done, expected, "{}", containerd.log());
     }
 }
 

@@ -359,3 +359,20 @@ fn input_may_be_long_and_patience_endless() {
     let exit = exit.wait(Some(Duration::MAX)).unwrap();
     assert_eq!(text(&exit.stdout).trim(), (300 << 20).to_string());
 }
+
+#[test]
+fn no_room_for_a_writable_layer_is_a_read_only_root() {
+    carlsbad_kit::require!(Capability::Kvm, Capability::Busybox);
+    let runtime = runtime();
+    let root = root();
+    let template = busybox(&runtime, root.path());
+    let script = "echo x > /new; echo x >> /data/words; rm /data/numbers; mkdir /d; mv /data /e; \
+                  ln -s x /l; chmod 700 /data; touch /data/words";
+    let args = ["busybox", "sh", "-c", script];
+    let spec = CloneSpec::new().args(args).limits(upper(ByteSize::ZERO));
+    let exit = runtime.start(&template, spec).unwrap();
+    let exit = exit.wait(PATIENCE).unwrap();
+    let said = text(&exit.stderr);
+    assert_eq!(said.matches("Read-only file system").count(), 8, "{said}");
+    assert!(!exit.stats.split_rootfs);
+}

@@ -157,6 +157,7 @@ impl Engine {
                 (made, false)
             }
         };
+        let writes = clone.limits.upper > ByteSize::ZERO;
         let instance = backend.clone_from(&template, clone)?;
         let stats = instance.stats()?;
         Ok(Started {
@@ -166,7 +167,7 @@ impl Engine {
                 isolation: stats.isolation.unwrap_or(Isolation::ProcessOnly),
                 template_hit,
                 // Made by the monitor, call by call, over the template's root.
-                split_rootfs: stats.split_rootfs || spec.root.is_some(),
+                split_rootfs: stats.split_rootfs || (spec.root.is_some() && writes),
                 pooled_cgroup: stats.pooled_cgroup,
             },
         })

@@ -9,7 +9,7 @@ use std::time::Duration;
 use containerd_shim as shim;
 use oci_spec::runtime::{Process as OciProcess, Root};
 use rund_rt::oci::Bundle;
-use rund_rt::{CloneSpec, Status as ExitStatus};
+use rund_rt::{ByteSize, CloneSpec, Status as ExitStatus};
 use shim::api::Status;
 use shim::event::Event;
 use shim::protos::events::task as events;
@@ -191,18 +191,18 @@ impl Tasks {
             .engine()
             .map_err(|why| anyhow::anyhow!("{why}"))?;
         let backend = engine.backend(bundle.annotation(BACKEND_ANNOTATION))?;
-        let clone = bundle.clone_spec()?.id(&request.id);
+        let mut clone = bundle.clone_spec()?.id(&request.id);
         let host_name = bundle.spec().hostname().as_deref();
         if let Some(other) = host_name.filter(|name| !name.is_empty() && *name != request.id) {
             anyhow::bail!("it asks for the host name `{other}`: a container's is its id");
         }
         let read_only = bundle.spec().root().as_ref().and_then(Root::readonly);
-        let root = match (backend, read_only.unwrap_or(false)) {
-            (KVM_ELF, true) => anyhow::bail!(
-                "it asks for a read-only root, and with backend {KVM_ELF} every root has a \
-                 writable layer: use backend process (annotation {BACKEND_ANNOTATION}=process)"
-            ),
-            (KVM_ELF, false) | (_, true) => None,
+        let read_only = read_only.unwrap_or(false);
+        if read_only {
+            clone.limits.upper = ByteSize::ZERO;
+        }
+        let root = match (backend, read_only) {
+            (KVM_ELF, _) | (_, true) => None,
             (_, false) => Some(engine.split(bundle.root(), clone.limits.upper)?),
         };
         let names = Names {

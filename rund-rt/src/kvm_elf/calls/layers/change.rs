@@ -42,7 +42,7 @@ impl Layers {
         if place.path == b"/" {
             return Err(Errno::EBUSY);
         }
-        if self.upper.is_none() {
+        if !self.is_writable() {
             return Err(Errno::EROFS);
         }
         match (directory, found.is_directory()) {
@@ -79,7 +79,7 @@ impl Layers {
     /// EXDEV for a directory of the lower layer, as overlayfs says: whoever moves it copies it.
     pub fn rename(&mut self, change: &Change, from: &Place, to: &Place) -> Result<(), Errno> {
         let found = from.found.ok_or(Errno::ENOENT)?;
-        if self.upper.is_none() {
+        if !self.is_writable() {
             return Err(Errno::EROFS);
         }
         if from.path == to.path {

@@ -233,7 +233,7 @@ impl Layers {
 
     /// Whether there is a writable layer.
     pub const fn is_split(&self) -> bool {
-        self.lower.is_some() && self.upper.is_some()
+        self.lower.is_some() && self.is_writable()
     }
 }
 

@@ -48,6 +48,9 @@ impl Layers {
 
     /// The writable layer's directory; made where it is missing.
     pub(super) fn make_upper(&mut self) -> Result<RawFd, Errno> {
+        if !self.is_writable() {
+            return Err(Errno::EROFS);
+        }
         let upper = self.upper.as_mut().ok_or(Errno::EROFS)?;
         if upper.directory.is_none() {
             let name = Path::new(&upper.name);
@@ -78,9 +81,9 @@ impl Layers {
         }
     }
 
-    /// Whether there is a writable layer.
+    /// Whether there is a writable layer: one without room for anything is none.
     pub const fn is_writable(&self) -> bool {
-        self.upper.is_some()
+        matches!(&self.upper, Some(upper) if upper.most > 0)
     }
 
     /// Counts `bytes` that are about to be there.
@@ -90,6 +93,9 @@ impl Layers {
     pub fn charge(&mut self, bytes: u64) -> Result<(), Errno> {
         let upper = self.upper.as_ref().ok_or(Errno::EROFS)?;
         let (account, most) = (upper.account, upper.most);
+        if most == 0 {
+            return Err(Errno::EROFS);
+        }
         if account.charge(bytes, most) {
             return Ok(());
         }
