@@ -1,8 +1,8 @@
 //! A machine with an RDMA device that its kernel emulates (soft RoCE), for `krcore`'s fabric `verbs`.
 //!
 //! The kernel is that of the backports with all drivers; two ends of a virtual cable, and the device on
-//! one of them. On that of the distribution itself (6.1) soft RoCE stalls now and then when many
-//! requests are under way, and neither completes them nor gives up; on 6.12 it does not.
+//! one of them. On that of the distribution itself (6.1) some runs stalled with many requests under way;
+//! on 6.12 none has.
 
 use std::fs;
 use std::path::Path;
