@@ -356,7 +356,26 @@ impl Log {
         let at = self.superblock.entry(record.host, record.turn, index);
         let page = at / PAGE * PAGE + PAGE;
         for near in [index + 1, index + (page - at).div_ceil(ENTRY)] {
-            if near < self.superblock.entries && self.read(record, near)?.is_some() {
+            if near < self.superblock.entries
+                && self.may_be_there(record, near)?
+                && self.read(record, near)?.is_some()
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether a half of an entry has the right number: this is asked before every change, and of what
+    /// is hardly ever there.
+    fn may_be_there(&self, record: &Record, index: u64) -> Result<bool> {
+        let at = self.superblock.entry(record.host, record.turn, index);
+        let sequence = record.first_sequence.saturating_add(index).to_le_bytes();
+        for at in [at, at + HALF] {
+            let mut number = [0; 8];
+            self.medium.invalidate(at..at + 8, Step::AcquireEntry)?;
+            self.medium.load(at, &mut number)?;
+            if number == sequence {
                 return Ok(true);
             }
         }
