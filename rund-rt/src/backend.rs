@@ -106,7 +106,8 @@ pub struct TemplateSpec {
     pub env: Vec<OsString>,
     /// The working directory inside the sandbox.
     pub cwd: PathBuf,
-    /// The read-only directory that every clone sees as `/`; nothing is visible without it.
+    /// What every clone sees as `/`, read-only: a directory, or an erofs image (`qemu`). Nothing is
+    /// visible without it.
     pub root: Option<PathBuf>,
     /// The most memory that a guest can have: 8 MiB to 1 GiB (`kvm-elf`).
     pub memory: ByteSize,
