@@ -74,6 +74,7 @@ pub mod medium;
 mod namespace;
 mod pool;
 mod redo;
+mod reserve;
 mod space;
 mod superblock;
 mod take_over;

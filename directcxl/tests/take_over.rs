@@ -259,3 +259,209 @@ fn a_writer_that_takes_a_later_epoch_keeps_what_was_made_in_between() {
     // Both happen, or this has shown nothing.
     assert!(made > 3 && refused > 10, "{made} {refused}");
 }
+
+/// What a host does while another one takes over.
+type Change = fn(&Pool) -> Result<()>;
+
+/// A host makes, resizes and removes; at any step of that another one takes over and makes a
+/// namespace of its own. Nothing but that one writes to it, and what either said it has done is done.
+#[test]
+fn a_writer_that_is_fenced_off_touches_nothing_of_the_next_one() {
+    let create: Change = |pool| pool.create("late", MIB2, plain()).map(drop);
+    let populate: Change = |pool| {
+        let options = NamespaceOptions {
+            populate: true,
+            ..plain()
+        };
+        pool.create("late", MIB2, options).map(drop)
+    };
+    let grow: Change = |pool| pool.resize("old", ByteSize::mib(4));
+    let shrink: Change = |pool| pool.resize("long", MIB2);
+    let remove: Change = |pool| pool.remove("old");
+    let all = [create, populate, grow, shrink, remove];
+    for (which, change) in all.into_iter().enumerate() {
+        for discards in [true, false] {
+            let (mut done, mut fenced) = (0, 0);
+            for step in 0.. {
+                let at = format!("change {which}, {discards}, step {step}");
+                let (_dir, path) = shared();
+                let mut far = Far::new(&path, 0);
+                if !discards {
+                    far = far.without_discard();
+                }
+                let pool = Pool::open(far.clone(), Role::Writer(Epoch::CURRENT)).unwrap();
+                drop(pool.create("long", ByteSize::mib(4), plain()).unwrap());
+                drop(pool.create("old", MIB2, plain()).unwrap());
+                let other = Arc::new(Mutex::new(None));
+                let (to, there) = (Arc::clone(&other), path.clone());
+                far.before_step(step, move || *to.lock().unwrap() = takes_over(&there));
+                let changed = change(&pool);
+                if !far.was_paused() {
+                    changed.unwrap();
+                    break;
+                }
+                let Some((next, precious)) = other.lock().unwrap().take() else {
+                    panic!("{at}: the later epoch was refused");
+                };
+                assert_eq!(sum(&precious), 0x5a, "{at}: written over");
+                assert_eq!(sum(&next.attach("precious").unwrap()), 0x5a, "{at}");
+                match changed {
+                    Ok(()) => {
+                        done += 1;
+                        let found = match which {
+                            0 | 1 => next.attach("late").is_ok(),
+                            2 => next.attach("old").unwrap().length() == ByteSize::mib(4),
+                            3 => next.attach("long").unwrap().length() == MIB2,
+                            _ => next.attach("old").is_err(),
+                        };
+                        assert!(found, "{at}: lost");
+                    }
+                    Err(Error::Fenced { .. }) => fenced += 1,
+                    Err(why) => panic!("{at}: {why}"),
+                }
+                // What the first host had reserved is to be had again.
+                drop((pool, far));
+                next.reclaim().unwrap();
+                assert_eq!(next.info().unwrap().quarantined, ByteSize::ZERO, "{at}");
+                assert!(next.check().is_ok(), "{at}");
+            }
+            assert!(fenced > 10, "change {which}: {done} {fenced}");
+        }
+    }
+}
+
+/// Zeroing takes seconds where memory cannot be given back. Nobody waits for it: no other process of
+/// the host, no other thread of the pool; and what is being made is nobody else's meanwhile.
+#[test]
+fn while_a_namespace_is_zeroed_others_work() {
+    for grows in [false, true] {
+        let (_dir, path) = shared();
+        let far = Far::new(&path, 0).without_discard();
+        let pool = Pool::open(far.clone(), Role::Writer(Epoch::CURRENT)).unwrap();
+        drop(pool.create("mine", MIB2, plain()).unwrap());
+        let (ask, asked) = mpsc::channel::<()>();
+        let (answer, answered) = mpsc::channel();
+        far.before_zeroing(move || {
+            ask.send(()).unwrap();
+            let patience = Duration::from_secs(5);
+            let everybody: Vec<_> = (0..2)
+                .map_while(|_| answered.recv_timeout(patience).ok())
+                .collect();
+            assert_eq!(everybody.len(), 2, "only {everybody:?}");
+        });
+        std::thread::scope(|scope| {
+            let zeroes = scope.spawn(|| {
+                if grows {
+                    pool.resize("mine", ByteSize::mib(8))
+                } else {
+                    pool.create("large", ByteSize::mib(6), plain()).map(drop)
+                }
+            });
+            asked.recv().unwrap();
+            let (here, there) = (answer.clone(), answer);
+            let thread = pool.clone();
+            scope.spawn(move || {
+                thread.list().unwrap();
+                thread.reclaim().unwrap();
+                drop(thread.create("thread's", MIB2, KEPT).unwrap());
+                let _late = here.send("thread");
+            });
+            scope.spawn(move || {
+                let process = Pool::open(Far::new(&path, 0), Role::Writer(Epoch::CURRENT)).unwrap();
+                process.reclaim().unwrap();
+                drop(process.create("process's", MIB2, plain()).unwrap());
+                process.attach("mine").unwrap();
+                let _late = there.send("process");
+            });
+            zeroes.join().unwrap().unwrap();
+        });
+        let name = if grows { "mine" } else { "large" };
+        assert_eq!(sum(&pool.attach(name).unwrap()), 0, "{name}");
+        // No two overlap, and nothing is left over.
+        assert!(pool.check().is_ok());
+        assert_eq!(pool.list().unwrap().len(), if grows { 3 } else { 4 });
+        pool.reclaim().unwrap();
+        assert_eq!(pool.info().unwrap().quarantined, ByteSize::ZERO);
+    }
+}
+
+/// Two make the same name, two grow the same namespace: one does, the other is told, and gives back
+/// what it had reserved.
+#[test]
+fn of_two_that_make_the_same_name_one_does() {
+    let (_dir, path) = shared();
+    let far = Far::new(&path, 0).without_discard();
+    let pool = Pool::open(far.clone(), Role::Writer(Epoch::CURRENT)).unwrap();
+    let other = Pool::open(Far::new(&path, 0), Role::Writer(Epoch::CURRENT)).unwrap();
+    let free = pool.info().unwrap().free;
+    let without = |length: ByteSize| ByteSize::new(free.get() - length.get());
+    let quicker = other.clone();
+    far.before_zeroing(move || drop(quicker.create("same", MIB2, plain()).unwrap()));
+    let why = pool.create("same", ByteSize::mib(4), plain()).unwrap_err();
+    assert!(matches!(why, Error::NameTaken { .. }), "{why}");
+    let info = pool.info().unwrap();
+    assert_eq!(
+        (info.free, info.quarantined),
+        (without(MIB2), ByteSize::ZERO)
+    );
+
+    // Grown, while somebody else takes it away.
+    let quicker = other.clone();
+    far.before_zeroing(move || quicker.remove("same").unwrap());
+    let why = pool.resize("same", ByteSize::mib(4)).unwrap_err();
+    assert!(matches!(why, Error::UnknownNamespace { .. }), "{why}");
+    let info = pool.info().unwrap();
+    assert_eq!((info.free, info.quarantined), (free, ByteSize::ZERO));
+
+    // Grown, while somebody else cuts it.
+    drop(pool.create("same", ByteSize::mib(6), plain()).unwrap());
+    far.before_zeroing(move || other.resize("same", MIB2).unwrap());
+    pool.resize("same", ByteSize::mib(8)).unwrap();
+    assert_eq!(pool.list().unwrap()[0].length, ByteSize::mib(8));
+    let info = pool.info().unwrap();
+    assert_eq!(
+        (info.free, info.quarantined),
+        (without(ByteSize::mib(8)), ByteSize::ZERO)
+    );
+}
+
+/// Whether somebody of host 0 has the log locked, as [`directcxl::layout`] says.
+fn is_log_locked(path: &Path) -> bool {
+    let locks = File::open(path.with_extension("locks0")).unwrap();
+    let mut asked = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 1 << 62,
+        l_len: 1,
+        l_pid: 0,
+    };
+    let ask = nix::fcntl::FcntlArg::F_OFD_GETLK(&mut asked);
+    nix::fcntl::fcntl(&locks, ask).unwrap();
+    i32::from(asked.l_type) != libc::F_UNLCK
+}
+
+/// Whoever makes a namespace has it, also where another one takes it away at once.
+#[test]
+fn to_create_beside_one_that_removes_the_same_name_is_no_error() {
+    for options in [plain(), KEPT] {
+        let mut steps = 0;
+        for step in 0.. {
+            let (_dir, path) = shared();
+            let far = Far::new(&path, 0);
+            let pool = Pool::open(far.clone(), Role::Writer(Epoch::CURRENT)).unwrap();
+            let remover = Pool::open(Far::new(&path, 0), Role::Writer(Epoch::CURRENT)).unwrap();
+            far.before_step(step, move || {
+                if !is_log_locked(&path) {
+                    let _none = remover.remove("late");
+                }
+            });
+            let made = pool.create("late", MIB2, options);
+            assert!(made.is_ok(), "step {step}: {made:?}");
+            if !far.was_paused() {
+                break;
+            }
+            steps += 1;
+        }
+        assert!(steps > 10, "{steps}");
+    }
+}
