@@ -1,11 +1,12 @@
 //! Attaching: a lease first, then a second look whether the namespace is still there, then its
-//! mapping. And the way back.
+//! mapping. And the way back. Of what is being made the lease comes before the namespace.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use crate::catalog::Catalog;
 use crate::error::{Error, Result};
 use crate::host::HostId;
+use crate::layout::{Extent, MOST_GENERATION};
 use crate::lease::{self, Table};
 use crate::lock::{self, Kind};
 use crate::log::State;
@@ -158,22 +159,80 @@ impl Shared {
         if let Some(inner) = known.iter().find(|inner| inner.extent == item.extent) {
             return Ok(Some(Arc::clone(inner)));
         }
+        let heap = known
+            .first()
+            .map_or_else(Arc::default, |other| Arc::clone(&other.heap));
+        let inner = self.mapping(generation, item.extent, &item.name, populate, heap)?;
+        Ok(Some(inner))
+    }
+
+    fn mapping(
+        self: &Arc<Self>,
+        generation: u64,
+        extent: Extent,
+        name: &str,
+        populate: bool,
+        heap: Arc<Mutex<()>>,
+    ) -> Result<Arc<Inner>> {
         let access = match self.epoch {
             Some(_) => Access::Write,
             None => Access::Read,
         };
-        let medium = Arc::clone(&self.backend).map(item.extent.range(), access, populate)?;
-        Ok(Some(Arc::new(Inner {
+        let medium = Arc::clone(&self.backend).map(extent.range(), access, populate)?;
+        Ok(Arc::new(Inner {
             shared: Arc::clone(self),
             generation,
-            extent: item.extent,
-            name: item.name.to_string(),
+            extent,
+            name: name.to_owned(),
             medium,
-            heap: known
-                .first()
-                .map_or_else(Arc::default, |other| Arc::clone(&other.heap)),
+            heap,
             process: std::process::id(),
-        })))
+        }))
+    }
+
+    /// A lease of the next generation, which nobody has yet, and the mapping of what will be its extent.
+    pub(crate) fn hold(
+        self: &Arc<Self>,
+        catalog: &Catalog,
+        extent: Extent,
+        name: &str,
+    ) -> Result<Arc<Inner>> {
+        let generation = catalog.next_generation();
+        if generation >= MOST_GENERATION {
+            return Err(Error::corrupt(&self.log.place, "the number of generations"));
+        }
+        let evicted = catalog.evicted(self.host.0);
+        let mut attached = locked(&self.attached);
+        let (guard, ours) = self.lease(generation, evicted)?;
+        let made = if ours.is_some() && ours == evicted {
+            Err(Error::Evicted { host: self.host })
+        } else {
+            self.mapping(generation, extent, name, false, Arc::default())
+        };
+        match made {
+            Ok(inner) => {
+                // `Inner` gives it back.
+                guard.keep();
+                let all = attached.entry(generation).or_default();
+                all.push(Arc::downgrade(&inner));
+                Ok(inner)
+            }
+            Err(why) => {
+                self.end_lease(generation, guard);
+                Err(why)
+            }
+        }
+    }
+
+    /// What is held, with every page mapped by the kernel.
+    pub(crate) fn populated(self: &Arc<Self>, held: &Arc<Inner>) -> Result<Arc<Inner>> {
+        self.backend.reserve(held.extent.range())?;
+        let heap = Arc::clone(&held.heap);
+        let inner = self.mapping(held.generation, held.extent, &held.name, true, heap)?;
+        let mut attached = locked(&self.attached);
+        let all = attached.entry(held.generation).or_default();
+        all.push(Arc::downgrade(&inner));
+        Ok(inner)
     }
 
     /// A lease on this host, and for other hosts; the nonce under which it counts there.

@@ -82,6 +82,11 @@ impl Catalog {
             })
     }
 
+    /// Whether just this extent is in quarantine under just this generation.
+    pub(crate) fn is_quarantined(&self, generation: u64, extent: Extent) -> bool {
+        self.quarantine.get(&extent.offset) == Some(&(generation, extent.length))
+    }
+
     pub(crate) fn space(&self) -> &Space {
         &self.space
     }
@@ -139,9 +144,8 @@ impl Catalog {
                 Ok(())
             }
             Operation::Free { generation, extent } => {
-                match self.quarantine.get(&extent.offset) {
-                    Some(held) if *held == (*generation, extent.length) => {}
-                    _ => return Err("it frees an extent that is not in quarantine"),
+                if !self.is_quarantined(*generation, *extent) {
+                    return Err("it frees an extent that is not in quarantine");
                 }
                 self.quarantine.remove(&extent.offset);
                 self.quarantined -= extent.length;

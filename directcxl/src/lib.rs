@@ -74,6 +74,7 @@ pub mod medium;
 mod namespace;
 mod pool;
 mod redo;
+mod reserve;
 mod salvage;
 mod space;
 mod superblock;

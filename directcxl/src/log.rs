@@ -251,6 +251,7 @@ impl Log {
             checkpoint: u32::try_from(weight).map_err(|_| self.corrupt("the catalog"))?,
             host,
             state: HostState::Active,
+            claim: 0,
         };
         let mut index = 0;
         for operation in state.catalog.checkpoint() {
@@ -413,14 +414,15 @@ impl Log {
     /// Whether a record ends the right of `host` to write with `epoch`.
     pub(crate) fn fence(&self, host: u16, epoch: Epoch) -> Result<()> {
         for record in self.records()? {
-            if record.state != HostState::Idle && record.epoch > epoch.0 {
+            if record.state != HostState::Idle && record.latest() > epoch.0 {
                 return Err(Error::Fenced {
                     ours: epoch,
-                    theirs: Epoch(record.epoch),
+                    theirs: Epoch(record.latest()),
                     by: HostId(record.host),
                 });
             }
-            if record.state != HostState::Idle && record.epoch == epoch.0 && record.host != host {
+            let same = record.latest() == epoch.0 && record.host != host;
+            if record.state != HostState::Idle && same {
                 return Err(Error::EpochTaken {
                     epoch,
                     by: HostId(record.host),

@@ -16,9 +16,9 @@ use crate::lock;
 use crate::log::{Log, State};
 use crate::medium::{Access, Medium};
 use crate::namespace::{Contents, Handle, Inner, Namespace, NamespaceInfo, NamespaceOptions};
-use crate::writer::most;
+use crate::writer::{Writer, most};
 
-/// How long a lock is waited for. Holders keep one for microseconds, or while a namespace is zeroed.
+/// How long a lock is waited for. Holders keep one for microseconds, or while memory is given back.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Named namespaces in the memory of a backend.
@@ -59,7 +59,8 @@ pub struct PoolInfo {
     pub free: ByteSize,
     /// The longest free piece: what can still be created.
     pub largest_free: ByteSize,
-    /// Removed, and still attached by somebody when it was last looked: see [`Pool::reclaim`].
+    /// Removed, and still attached by somebody when it was last looked: see [`Pool::reclaim`]. And
+    /// what is reserved for namespaces that are being made.
     pub quarantined: ByteSize,
     /// Namespaces there are.
     pub namespaces: usize,
@@ -168,7 +169,8 @@ impl Pool {
     }
 
     /// Makes a namespace of at least `length` bytes, rounded up to 2 MiB, and attaches to it. Where
-    /// that fails there is no namespace either.
+    /// that fails there is no namespace either. While it is filled with zeroes, which takes long where
+    /// memory cannot be given back, others change the pool; its name is taken when it is ready.
     ///
     /// # Errors
     /// Where the name is taken or cannot be one, or there is no room in one piece; with `populate`
@@ -187,40 +189,55 @@ impl Pool {
         }
         let length = rounded("namespace", length)?;
         let shared = &self.shared;
-        let (generation, extent) = shared.write(|writer| {
-            if writer.state.catalog.by_name(name).is_some() {
-                return Err(Error::NameTaken {
-                    name: name.to_owned(),
-                });
-            }
+        let is_new = |writer: &Writer<'_>| match writer.state.catalog.by_name(name) {
+            None => Ok(()),
+            Some(_) => Err(Error::NameTaken {
+                name: name.to_owned(),
+            }),
+        };
+        let takes_long = options.populate || options.contents == Contents::Zeroed;
+        let held = shared.write(|writer| {
+            is_new(writer)?;
             writer.room_for_one_more()?;
             let extent = writer.find(length)?;
-            if options.contents == Contents::Zeroed {
-                shared.zero(extent)?;
+            if takes_long {
+                writer.reserve(extent, name)
+            } else {
+                writer.create(extent, name)
             }
-            let generation = writer.state.catalog.next_generation();
-            writer.append(Operation::Create {
-                generation,
-                extent,
-                name: name.into(),
-            })?;
-            Ok((generation, extent))
         })?;
-        // Both may take long: others are not kept waiting for the log meanwhile.
-        let attached = if options.populate {
-            shared.backend.reserve(extent.range()).map(drop)
-        } else {
-            Ok(())
-        };
-        let attached = attached.and_then(|()| {
-            shared.attach(options.populate, |catalog| {
-                catalog
-                    .item(generation)
-                    .map(|_| generation)
-                    .ok_or_else(|| unknown(name))
-            })
-        });
-        attached.inspect_err(|_| shared.unmake(generation))
+        if !takes_long {
+            return Ok(Namespace { inner: held });
+        }
+        let made = (|| {
+            if options.contents == Contents::Zeroed {
+                shared.zero(&held)?;
+            }
+            let ready = if options.populate {
+                shared.populated(&held)?
+            } else {
+                Arc::clone(&held)
+            };
+            shared.write(|writer| {
+                is_new(writer)?;
+                writer.release(&held)?;
+                let (generation, extent) = (held.generation, held.extent);
+                let name = name.into();
+                writer.append(Operation::Create {
+                    generation,
+                    extent,
+                    name,
+                })
+            })?;
+            Ok(ready)
+        })();
+        match made {
+            Ok(inner) => Ok(Namespace { inner }),
+            Err(why) => {
+                shared.abandon(held);
+                Err(why)
+            }
+        }
     }
 
     /// Attaches to the namespace of this name.
@@ -293,6 +310,35 @@ impl Pool {
     /// Where there is none of this name, or what lies behind it is in use.
     pub fn resize(&self, name: &str, length: ByteSize) -> Result<()> {
         let length = rounded("namespace", length)?;
+        // Once, unless others resize it meanwhile.
+        while let Some((generation, old, more)) = self.shrink_or_reserve(name, length)? {
+            let grown = self.shared.zero(&more).and_then(|()| {
+                self.shared.write(|writer| {
+                    let item = writer.state.catalog.item(generation);
+                    if item.map(|item| item.extent) != Some(old) {
+                        return Ok(false);
+                    }
+                    writer.release(&more)?;
+                    let extent = Extent { length, ..old };
+                    writer.append(Operation::Resize { generation, extent })?;
+                    Ok(true)
+                })
+            });
+            if matches!(grown, Ok(true)) {
+                break;
+            }
+            self.shared.abandon(more);
+            grown?;
+        }
+        Ok(())
+    }
+
+    /// Cuts a namespace, or takes what it is to grow by: with it, which one it is and what it has.
+    fn shrink_or_reserve(
+        &self,
+        name: &str,
+        length: u64,
+    ) -> Result<Option<(u64, Extent, Arc<Inner>)>> {
         self.shared.write(|writer| {
             let (generation, item) = writer
                 .state
@@ -300,33 +346,34 @@ impl Pool {
                 .by_name(name)
                 .ok_or_else(|| unknown(name))?;
             let old = item.extent;
-            let extent = Extent { length, ..old };
-            match length.cmp(&old.length) {
-                std::cmp::Ordering::Equal => return Ok(()),
-                std::cmp::Ordering::Less => writer.room_for_one_more()?,
-                std::cmp::Ordering::Greater => {
-                    let more = Extent {
-                        offset: old.end(),
-                        length: length - old.length,
+            if length > old.length {
+                let more = Extent {
+                    offset: old.end(),
+                    length: length - old.length,
+                };
+                if !writer.state.catalog.space().is_free(more) {
+                    writer.reclaim()?;
+                }
+                if !writer.state.catalog.space().is_free(more) {
+                    return Err(writer.no_room(more.length));
+                }
+                writer.room_for_a_last_one()?;
+                let more = writer.reserve(more, name)?;
+                return Ok(Some((generation, old, more)));
+            }
+            if length < old.length {
+                writer.room_for_one_more()?;
+                let extent = Extent { length, ..old };
+                writer.append(Operation::Resize { generation, extent })?;
+                if !writer.shared.is_leased(generation, &writer.state.catalog)? {
+                    let extent = Extent {
+                        offset: extent.end(),
+                        length: old.length - length,
                     };
-                    if !writer.state.catalog.space().is_free(more) {
-                        writer.reclaim()?;
-                    }
-                    if !writer.state.catalog.space().is_free(more) {
-                        return Err(writer.no_room(more.length));
-                    }
-                    writer.shared.zero(more)?;
+                    writer.free(generation, extent)?;
                 }
             }
-            writer.append(Operation::Resize { generation, extent })?;
-            if length < old.length && !writer.shared.is_leased(generation, &writer.state.catalog)? {
-                let extent = Extent {
-                    offset: extent.end(),
-                    length: old.length - length,
-                };
-                writer.free(generation, extent)?;
-            }
-            Ok(())
+            Ok(None)
         })
     }
 
@@ -362,7 +409,7 @@ impl Pool {
         }
         self.shared.write(|writer| {
             if writer.state.catalog.evicted(host.0).is_none() {
-                writer.room_for_an_eviction()?;
+                writer.room_for_a_last_one()?;
             }
             let head = writer.shared.table_of(host).head()?;
             let nonce = match head {

@@ -1,4 +1,16 @@
 //! Epochs: how a host becomes the writer of a pool, and another one stops being it.
+//!
+//! A host that takes an epoch over *claims* it in its record, *reads* the log to its end, and writes
+//! what it read, under the new epoch, to an arena of its own. A writer *appends* an entry, then
+//! *looks* at every record, and says that the entry holds only if none has a later epoch. Each of the
+//! four is in memory, or comes from there, before the next begins. So no entry is lost that was said
+//! to hold under an earlier epoch: its writer's look came before the claim (or it would have seen it),
+//! its entry before its look, and the claim before the reading, which therefore finds the entry.
+//!
+//! That needs the claim from every host that takes over, also from the one whose arena is the pool's
+//! state: another one, with an epoch in between, can become the writer while it reads. Its record
+//! cannot say `claiming`, for it is what names that arena; it claims in a field of its own. Where the
+//! pool has one host the lock of the kernel, which is held all the while, stands for all this.
 
 use crate::error::{Error, Result};
 use crate::host::{Epoch, HostId};
@@ -20,12 +32,12 @@ impl Shared {
         let highest = records
             .iter()
             .filter(|record| record.state != HostState::Idle)
-            .max_by_key(|record| (record.epoch, record.host == self.host.0))
+            .max_by_key(|record| (record.latest(), record.host == self.host.0))
             .copied()
             .unwrap_or(current);
         let mine = highest.host == self.host.0;
         let by = HostId(highest.host);
-        let theirs = Epoch(highest.epoch);
+        let theirs = Epoch(highest.latest());
         let epoch = match epoch {
             epoch if epoch > Epoch::LAST => {
                 let last = Epoch::LAST;
@@ -40,20 +52,31 @@ impl Shared {
         if current.host == self.host.0 && current.epoch == epoch.0 {
             return Ok(epoch);
         }
-        // The record of the pool's state is not written over; every other one may be.
-        if current.host != self.host.0 {
+        if log.superblock.hosts > 1 {
+            // The record of the pool's state goes on naming it; every other one may be written over.
+            let (claim, withdrawn) = if current.host == self.host.0 {
+                let claim = epoch.0;
+                (Record { claim, ..current }, current)
+            } else {
+                let in_state = |epoch, state| Record {
+                    epoch,
+                    state,
+                    claim: 0,
+                    ..own
+                };
+                (
+                    in_state(epoch.0, HostState::Claiming),
+                    in_state(0, HostState::Idle),
+                )
+            };
             log.write_record(&Record {
                 generation: own.generation.saturating_add(1),
-                epoch: epoch.0,
-                state: HostState::Claiming,
-                ..own
+                ..claim
             })?;
             if let Err(why) = log.fence(self.host.0, epoch) {
                 log.write_record(&Record {
                     generation: own.generation.saturating_add(2),
-                    epoch: 0,
-                    state: HostState::Idle,
-                    ..own
+                    ..withdrawn
                 })?;
                 return Err(why);
             }

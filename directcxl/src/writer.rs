@@ -8,12 +8,10 @@ use std::sync::Arc;
 use carlsbad_types::ByteSize;
 
 use crate::error::{Error, Result};
-use crate::flush::Step;
 use crate::host::Epoch;
-use crate::layout::{EXTENT, Extent, LOCK_APPEND, Operation, Superblock};
+use crate::layout::{Extent, LOCK_APPEND, Operation, Superblock};
 use crate::lock::{self, Kind};
 use crate::log::State;
-use crate::medium::Access;
 use crate::pool::{PATIENCE, Shared, locked};
 
 /// Live and quarantined extents that the log may hold. A quarter of the arena stays free, so that
@@ -24,7 +22,7 @@ pub(crate) fn most(superblock: &Superblock) -> u64 {
 
 /// The right to append, while it is held.
 pub(crate) struct Writer<'a> {
-    pub(crate) shared: &'a Shared,
+    pub(crate) shared: &'a Arc<Shared>,
     pub(crate) state: &'a mut State,
     epoch: Epoch,
 }
@@ -53,6 +51,11 @@ impl Writer<'_> {
     /// namespace that gets it next may be long in coming, and another extent's pages are wanted now.
     pub(crate) fn free(&mut self, generation: u64, extent: Extent) -> Result<()> {
         self.append(Operation::Free { generation, extent })?;
+        // The lock keeps it free on this host only: another one may have taken over by now, and given
+        // it to a namespace.
+        if self.shared.log.superblock.hosts > 1 {
+            return Ok(());
+        }
         if let Err(why) = self.shared.backend.discard(extent.range()) {
             // It is free, and is zeroed before it is used again.
             tracing::debug!(generation, %why, "the memory of a free extent was not given back");
@@ -73,11 +76,15 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// As [`Writer::room_for_one_more`], with the quarter of the arena that stays free otherwise:
-    /// leases of a dead host may be all that the log is full of. One entry stays for what is freed.
-    pub(crate) fn room_for_an_eviction(&self) -> Result<()> {
-        let used = self.state.catalog.weight();
+    /// As [`Writer::room_for_one_more`], with the quarter of the arena that stays free otherwise: for an
+    /// eviction, since leases of a dead host may be all that the log is full of, and for what is given
+    /// back at once. One entry stays for what is freed.
+    pub(crate) fn room_for_a_last_one(&mut self) -> Result<()> {
         let most = self.shared.log.superblock.entries.saturating_sub(1);
+        if self.state.catalog.weight() >= most {
+            self.reclaim()?;
+        }
+        let used = self.state.catalog.weight();
         if used >= most {
             return Err(Error::LogFull { used, most });
         }
@@ -120,7 +127,10 @@ impl Writer<'_> {
 
 impl Shared {
     /// Does `work` as the only writer of this host, and as the writer of the pool.
-    pub(crate) fn write<T>(&self, work: impl FnOnce(&mut Writer<'_>) -> Result<T>) -> Result<T> {
+    pub(crate) fn write<T>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&mut Writer<'_>) -> Result<T>,
+    ) -> Result<T> {
         let Some(epoch) = self.epoch else {
             return Err(Error::ReadOnly {
                 what: "change a namespace",
@@ -149,22 +159,6 @@ impl Shared {
         done
     }
 
-    /// Takes away what was made and could not be attached to: whoever is told that it failed does not
-    /// expect to find it.
-    pub(crate) fn unmake(&self, generation: u64) {
-        let unmade = self.write(|writer| match writer.state.catalog.item(generation) {
-            Some(item) => {
-                let extent = item.extent;
-                writer.remove(generation, extent)
-            }
-            // Somebody else was quicker.
-            None => Ok(()),
-        });
-        if let Err(why) = unmade {
-            tracing::warn!(generation, %why, "a namespace that could not be attached to is left");
-        }
-    }
-
     pub(crate) fn lock_append(&self) -> Result<lock::Guard<'_>> {
         lock::acquire(
             self.backend.as_fd(),
@@ -173,20 +167,5 @@ impl Shared {
             PATIENCE,
             "the log",
         )
-    }
-
-    /// Fills an extent with zeroes.
-    pub(crate) fn zero(&self, extent: Extent) -> Result<()> {
-        if self.backend.discard(extent.range())? {
-            return Ok(());
-        }
-        let medium = Arc::clone(&self.backend).map(extent.range(), Access::Write, false)?;
-        let zeroes = vec![0; EXTENT as usize];
-        let mut at = 0;
-        while at < extent.length {
-            medium.store(at, &zeroes)?;
-            at += EXTENT;
-        }
-        medium.write_back(0..extent.length, Step::Publish)
     }
 }

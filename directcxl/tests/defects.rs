@@ -24,11 +24,19 @@ use directcxl::layout::{
     RECORDS, Record, Seed,
 };
 use directcxl::{
-    Epoch, Error, FileHdm, FormatOptions, HostId, MemfdHdm, NamespaceOptions, Pool, Role,
+    Contents, Epoch, Error, FileHdm, FormatOptions, HostId, MemfdHdm, NamespaceOptions, Pool, Role,
 };
 
 fn plain() -> NamespaceOptions {
     NamespaceOptions::default()
+}
+
+/// Of one entry of the log, whose places these tests know.
+fn kept() -> NamespaceOptions {
+    NamespaceOptions {
+        contents: Contents::Kept,
+        ..NamespaceOptions::default()
+    }
 }
 
 /// A file of its own for the memory behind a namespace.
@@ -265,7 +273,7 @@ fn full_of_leases(hosts: u16) -> (Pool, impl Fn(u16) -> MemfdHdm) {
     };
     let pool = Pool::format(memory, options).unwrap();
     for i in 0..6 {
-        drop(pool.create(&format!("{i}"), MIB2, plain()).unwrap());
+        drop(pool.create(&format!("{i}"), MIB2, kept()).unwrap());
     }
     let again = move |host| {
         MemfdHdm::from_fd(fd.try_clone().unwrap())
@@ -504,7 +512,7 @@ fn what_is_left_of_a_damaged_pool_is_listed() {
     let made = || {
         let (pool, again) = pool_of(8, 2);
         for name in ["a", "b", "c", "d"] {
-            drop(pool.create(name, MIB2, plain()).unwrap());
+            drop(pool.create(name, MIB2, kept()).unwrap());
         }
         pool.remove("b").unwrap();
         (
@@ -581,7 +589,7 @@ fn what_is_left_of_a_damaged_pool_is_listed() {
     };
     let pool = Pool::open(again(1), Role::Writer(Epoch(2))).unwrap();
     for i in 0..50 {
-        drop(pool.create(&format!("n{i}"), MIB2, plain()).unwrap());
+        drop(pool.create(&format!("n{i}"), MIB2, kept()).unwrap());
         if i >= 3 {
             pool.remove(&format!("n{}", i - 3)).unwrap();
         }
@@ -602,19 +610,19 @@ fn a_page_of_the_log_that_is_lost_meanwhile_is_not_written_over() {
     for (lost, byte) in [(256, 0xff), (4096, 0), (4096, 0xff)] {
         let (pool, dir) = file_pool(70);
         for i in 0..16 {
-            drop(pool.create(&format!("n{i}"), MIB2, plain()).unwrap());
+            drop(pool.create(&format!("n{i}"), MIB2, kept()).unwrap());
         }
         let path = dir.path().join("pool");
         let again = || FileHdm::open(&path).unwrap();
         let other = Pool::open(again(), Role::Writer(Epoch::CURRENT)).unwrap();
         for i in 16..40 {
-            drop(other.create(&format!("n{i}"), MIB2, plain()).unwrap());
+            drop(other.create(&format!("n{i}"), MIB2, kept()).unwrap());
         }
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         let arena = EXTENT + ARENAS + FormatOptions::default().entries * ENTRY;
         file.write_all_at(&vec![byte; lost], arena + 16 * ENTRY)
             .unwrap();
-        let refused = pool.create("x", MIB2, plain());
+        let refused = pool.create("x", MIB2, kept());
         assert!(matches!(refused, Err(Error::Corrupt { .. })), "{refused:?}");
     }
 }

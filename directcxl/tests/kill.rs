@@ -29,6 +29,8 @@ use directcxl::{Epoch, FileHdm, FormatOptions, HostId, NamespaceOptions, Pool, R
 struct Deadly {
     file: Arc<FileHdm>,
     fuse: Arc<AtomicU64>,
+    /// Whether memory can be given back; else it is filled with zeroes, which has steps of its own.
+    discards: bool,
 }
 
 impl Deadly {
@@ -64,7 +66,7 @@ impl Backend for Deadly {
     }
     fn discard(&self, range: Range<u64>) -> Result<bool> {
         Self::burn(&self.fuse);
-        self.file.discard(range)
+        Ok(self.discards && self.file.discard(range)?)
     }
     fn health(&self) -> Health {
         self.file.health()
@@ -140,17 +142,32 @@ fn work(pool: &Pool) -> Result<()> {
 #[test]
 #[ignore = "a role of `killed_at_every_step`"]
 fn role_worker() {
-    let Some((path, fuse)) = child::arguments::<(PathBuf, u64)>("role_worker") else {
+    let Some((path, fuse, discards)) = child::arguments::<(PathBuf, u64, bool)>("role_worker")
+    else {
         return;
     };
     let file = Arc::new(FileHdm::open(path).unwrap());
     let fuse = Arc::new(AtomicU64::new(fuse));
-    let pool = Pool::open(Deadly { file, fuse }, Role::Writer(Epoch::CURRENT)).unwrap();
+    let deadly = Deadly {
+        file,
+        fuse,
+        discards,
+    };
+    let pool = Pool::open(deadly, Role::Writer(Epoch::CURRENT)).unwrap();
     work(&pool).unwrap();
 }
 
 #[test]
 fn killed_at_every_step_nothing_committed_is_lost() {
+    killed_at_every_step(true);
+}
+
+#[test]
+fn killed_while_zeroing_nothing_is_lost_or_left() {
+    killed_at_every_step(false);
+}
+
+fn killed_at_every_step(discards: bool) {
     let stride = if std::env::var_os("CARLSBAD_SOAK").is_some() {
         1
     } else {
@@ -168,13 +185,14 @@ fn killed_at_every_step_nothing_committed_is_lost() {
         };
         let pool =
             Pool::format(FileHdm::create(&path, ByteSize::mib(24)).unwrap(), options).unwrap();
+        let all = pool.info().unwrap().free.get();
         let kept = pool
             .create("kept", MIB2, NamespaceOptions::default())
             .unwrap();
         fill(&kept, 0x5a);
         drop((kept, pool));
         let mut child = ChildRole::test("role_worker")
-            .start(&(path.clone(), fuse))
+            .start(&(path.clone(), fuse, discards))
             .unwrap();
         let mut told = Vec::new();
         while let Ok(words) = child.hear_any() {
@@ -215,7 +233,11 @@ fn killed_at_every_step_nothing_committed_is_lost() {
         );
         // Nothing is held by the dead: all but what is there can be had again.
         pool.reclaim().unwrap();
-        assert_eq!(pool.info().unwrap().quarantined, ByteSize::ZERO, "{at}");
+        let info = pool.info().unwrap();
+        assert_eq!(info.quarantined, ByteSize::ZERO, "{at}");
+        let held = pool.list().unwrap();
+        let held: u64 = held.iter().map(|one| one.length.get()).sum();
+        assert_eq!(held + info.free.get(), all, "{at}");
         drop(
             pool.create("next", MIB2, NamespaceOptions::default())
                 .unwrap(),

@@ -61,7 +61,7 @@
 //! 40   4  checkpoint: so many entries at the beginning stand for all that was before
 //! 44   2  host
 //! 46   2  state: 0 idle, 1 claiming, 2 active
-//! 48   8  zero
+//! 48   8  claim: a later epoch that an active host claims, or zero
 //! 56   4  zero
 //! 60   4  crc
 //! ```
@@ -71,8 +71,9 @@
 //!
 //! The pool's state is the log in the arena of the *active* record with the highest epoch. A host
 //! that wants to write claims an epoch (`claiming`), reads that log to its end, writes what it says
-//! to its own next arena, and becomes `active`. A writer that finds a record with a later epoch than
-//! its own, claiming or active, after it has appended an entry, must not say that the entry holds.
+//! to its own next arena, and becomes `active`. Where the log is in its own arena its record has to
+//! stay active: it claims in that record's field for it. A writer that finds a record with a later
+//! epoch or claim than its own, after it has appended an entry, must not say that the entry holds.
 //! Of claim and entry one comes first: either the writer sees the claim, or the claimer sees the
 //! entry.
 //!
@@ -105,7 +106,7 @@
 //! | 2 remove | the name is free; the extent is in quarantine until no lease names the generation |
 //! | 3 free | the extent, which was in quarantine, can be used again |
 //! | 4 resize | the extent, which begins where it did, replaces the old one; a cut tail is in quarantine |
-//! | 5 quarantined | in a checkpoint: an extent in quarantine |
+//! | 5 quarantined | the extent is in quarantine: in a checkpoint, or reserved for a namespace that is being made |
 //! | 6 evict | the host's leases with this nonce do not count any more |
 //!
 //! # Leases of a host

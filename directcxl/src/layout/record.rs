@@ -16,7 +16,7 @@ struct RawRecord {
     checkpoint: U32,
     host: U16,
     state: U16,
-    zero: U64,
+    claim: U64,
     zeroes: U32,
     crc: U32,
 }
@@ -52,6 +52,9 @@ pub struct Record {
     pub host: u16,
     /// Whether it writes.
     pub state: HostState,
+    /// A later epoch that a host claims while the pool's state is still what it wrote with `epoch`;
+    /// zero where it claims none.
+    pub claim: u64,
 }
 
 impl Record {
@@ -69,7 +72,13 @@ impl Record {
             checkpoint: 0,
             host,
             state: HostState::Idle,
+            claim: 0,
         }
+    }
+
+    /// The latest epoch that it names.
+    pub fn latest(&self) -> u64 {
+        self.epoch.max(self.claim)
     }
 
     /// Writes it.
@@ -88,7 +97,7 @@ impl Record {
                 HostState::Active => 2,
             }
             .into(),
-            zero: 0.into(),
+            claim: self.claim.into(),
             zeroes: 0.into(),
             crc: 0.into(),
         };
@@ -117,6 +126,7 @@ impl Record {
                 2 => HostState::Active,
                 _ => return None,
             },
+            claim: raw.claim.get(),
         })
     }
 }
@@ -132,6 +142,7 @@ mod tests {
         let record = Record {
             epoch: 5,
             state: HostState::Active,
+            claim: 7,
             ..Record::idle(2)
         };
         let bytes = record.encode(seed);
