@@ -44,6 +44,10 @@ fn image(dir: &Path) -> PathBuf {
         let mut file = header(tar::EntryType::Regular, program.len() as u64);
         tar.append_data(&mut file, name, &program[..]).unwrap();
     }
+    // What is found, and cannot be started.
+    let mut file = header(tar::EntryType::Regular, 64);
+    tar.append_data(&mut file, "bin/broken", &program[..64])
+        .unwrap();
     for name in ["sh", "cat", "sleep", "echo"] {
         let mut link = header(tar::EntryType::Symlink, 0);
         tar.append_link(&mut link, format!("bin/{name}"), "/bin/busybox")
@@ -161,6 +165,18 @@ impl Containerd {
     fn log(&self) -> String {
         let log = fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
         log.lines().rev().take(15).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Shims of this containerd that are there.
+    fn shims(&self) -> usize {
+        let ours = self.dir.path().as_os_str().as_encoded_bytes();
+        let is_ours = |entry: &fs::DirEntry| {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let has = |part: &[u8]| line.windows(part.len()).any(|window| window == part);
+            has(b"containerd-shim-rund-v2") && has(ours)
+        };
+        let all = fs::read_dir("/proc").unwrap().flatten();
+        all.filter(is_ours).count()
     }
 
     #[track_caller]
@@ -706,5 +722,39 @@ fn a_pause_stops_all_that_a_container_has_started() {
         containerd.good(&["task", "kill", "-s", "SIGKILL", backend]);
         assert_eq!(ctr.wait().unwrap().code(), Some(137), "{backend}");
         containerd.good(&["container", "rm", backend]);
+    }
+}
+
+#[test]
+fn a_container_that_cannot_start_is_gone_afterwards() {
+    carlsbad_kit::require!(
+        Capability::Root,
+        Capability::ControlGroups,
+        Capability::Containerd
+    );
+    let containerd = Containerd::start();
+    let mut backends = vec!["process"];
+    if Capability::Kvm.is_present() {
+        backends.push("kvm-elf");
+    }
+    for backend in backends {
+        let id = format!("{backend}-broken");
+        let mut command = containerd.run_program(&["--rm"], Some(backend), &id, &["/bin/broken"]);
+        let done = command.output().unwrap();
+        assert!(!done.status.success(), "{done:?}");
+        let tasks = containerd.good(&["task", "ls"]);
+        assert!(!tasks.contains(&id), "{tasks}\n{}", containerd.log());
+    }
+    // Nor does the shim wait for it: with nothing left it ends, some twenty seconds later.
+    if std::env::var_os("CARLSBAD_SOAK").is_some() {
+        let began = Instant::now();
+        while containerd.shims() > 0 {
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "{}",
+                containerd.log()
+            );
+            std::thread::sleep(Duration::from_millis(200));
+        }
     }
 }

@@ -42,6 +42,8 @@ const ENDS_NOTHING: [i32; 5] = [
     libc::SIGURG,
     libc::SIGWINCH,
 ];
+/// Exit code of a process that could not be started.
+const NOT_STARTED: i32 = 255;
 /// How long a container's processes may take to die before its root is taken away.
 const DEATH: Duration = Duration::from_secs(10);
 
@@ -300,6 +302,27 @@ impl Tasks {
         Ok(pid)
     }
 
+    /// Ends a process that has not begun, or that `failed` to; false where it has.
+    fn give_up(&self, container: &Container, process: &Process, code: i32, failed: bool) -> bool {
+        let at = shim::util::timestamp().unwrap_or_default();
+        let Some(end) = process.give_up(code, failed, at) else {
+            return false;
+        };
+        let id = if process.exec_id.is_empty() {
+            container.id.clone()
+        } else {
+            process.exec_id.clone()
+        };
+        self.shared.publish(events::TaskExit {
+            container_id: container.id.clone(),
+            id,
+            exit_status: end.code,
+            exited_at: MessageField::some(end.at),
+            ..Default::default()
+        });
+        true
+    }
+
     /// Removes a container that has ended, with what was mounted for it.
     fn remove(&self, container: &Arc<Container>) {
         self.shared.containers().remove(&container.id);
@@ -350,7 +373,11 @@ impl Task for Tasks {
         if !request.exec_id.is_empty() {
             enterable(&container)?;
         }
-        let pid = self.begin(&container, &process).map_err(failed)?;
+        let pid = self.begin(&container, &process).map_err(|why| {
+            // Else it would be a container that is yet to start, which nobody can delete.
+            self.give_up(&container, &process, NOT_STARTED, true);
+            failed(why)
+        })?;
         if request.exec_id.is_empty() {
             self.shared.publish(events::TaskStart {
                 container_id: request.id,
@@ -451,6 +478,9 @@ impl Task for Tasks {
         };
         for target in targets {
             if ENDS_NOTHING.contains(&signal) && target.is_alive() {
+                continue;
+            }
+            if self.give_up(&container, &target, 128 + signal, false) {
                 continue;
             }
             let Some(handle) = target.ask_to_end(signal) else {

@@ -101,6 +101,19 @@ impl Process {
         state.running = Some(running);
     }
 
+    /// It will never begin, and has ended with this code; nothing where it has begun, or is about to
+    /// and has not `failed`.
+    pub(crate) fn give_up(&self, code: i32, failed: bool, at: Timestamp) -> Option<End> {
+        {
+            let mut state = self.lock();
+            let waits = state.clone.take().is_some();
+            if state.phase != Phase::Created || !(waits || failed) {
+                return None;
+            }
+        }
+        Some(self.ended(code, false, at))
+    }
+
     /// It has ended with this code; one that was asked to end by a signal has ended by that.
     pub(crate) fn ended(&self, code: i32, killed: bool, at: Timestamp) -> End {
         let (end, running) = {
