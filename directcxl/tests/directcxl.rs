@@ -355,3 +355,36 @@ with open(sys.argv[1], 'r+b') as f:
     pool.attach("a").unwrap().read(100, &mut bytes).unwrap();
     assert_eq!(&bytes, b"hello");
 }
+
+/// A pool may lie anywhere; a name is text.
+#[test]
+fn names_that_are_no_text_are_refused_and_paths_are_not() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let shell = Shell::new();
+    let pool = shell.dir.path().join(OsStr::from_bytes(b"p\xff"));
+    let run = |words: &[&OsStr]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_directcxl"));
+        command.args(words).output().unwrap()
+    };
+    let text = OsStr::new;
+    let format = [
+        text("format"),
+        pool.as_os_str(),
+        text("--size"),
+        text("32M"),
+    ];
+    assert!(run(&format).status.success());
+    for command in ["create", "remove"] {
+        let name = OsStr::from_bytes(b"n\xff");
+        let mut words = vec![text(command), pool.as_os_str(), name];
+        if command == "create" {
+            words.push(text("2M"));
+        }
+        let refused = run(&words);
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("UTF-8"));
+    }
+    let list = run(&[text("list"), pool.as_os_str()]);
+    assert!(list.status.success(), "{list:?}");
+}
