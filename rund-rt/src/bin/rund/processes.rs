@@ -3,6 +3,7 @@
 use std::fs;
 use std::process::ExitCode;
 
+use rund_rt::{Isolation, Runtime};
 use serde::Serialize;
 
 use crate::options::Options;
@@ -16,10 +17,14 @@ struct Process {
     parent: u32,
     /// Where this user may know.
     pss_bytes: Option<u64>,
+    /// Of a monitor's guest: what backend `kvm-elf` gives on this machine.
+    isolation: Option<Isolation>,
 }
 
 fn find() -> Vec<Process> {
     let mut found = Vec::new();
+    let runtime = Runtime::builder().build();
+    let isolation = runtime.ok().map(|it| it.capabilities().isolation);
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
             continue;
@@ -48,6 +53,7 @@ fn find() -> Vec<Process> {
             role,
             parent: parent.unwrap_or(0),
             pss_bytes: pss.map(|kib| kib << 10),
+            isolation: isolation.filter(|_| role == "monitor"),
         });
     }
     found.sort_by_key(|process| (process.parent, process.pid));
@@ -60,14 +66,17 @@ pub(crate) fn list(options: &Options) -> anyhow::Result<ExitCode> {
         output::json(&found)?;
         return Ok(ExitCode::SUCCESS);
     }
-    output::line("    PID  PARENT  ROLE     PSS")?;
+    output::line("    PID  PARENT  ROLE     ISOLATION     PSS")?;
     for process in found {
         let pss = process
             .pss_bytes
             .map_or("?".into(), |bytes| format!("{} KiB", bytes >> 10));
         output::line(format!(
-            "{:>7} {:>7}  {:<8} {pss}",
-            process.pid, process.parent, process.role
+            "{:>7} {:>7}  {:<8} {:<13} {pss}",
+            process.pid,
+            process.parent,
+            process.role,
+            process.isolation.map_or(String::new(), |it| it.to_string())
         ))?;
     }
     Ok(ExitCode::SUCCESS)
