@@ -75,7 +75,7 @@ mod targets {
     use super::super::calls::table::Open;
     use super::super::calls::{Call, Kernel, Outcome, Program};
     use super::super::elf::{self, LoadPlan, Segment};
-    use super::super::layout::{Layout, PIE_BASE};
+    use super::super::layout::{Layout, PIE_BASE, system};
     use super::super::memory::GuestMemory;
     use super::super::open_directory;
     use super::super::{interrupt, page_table, template};
@@ -216,7 +216,7 @@ mod targets {
             }
             Self {
                 before: content(&shown),
-                base,
+                base: base.clone(),
                 account: Account::new().unwrap(),
                 locks: Box::leak(Box::new(
                     fs::File::create(base.join("locks")).unwrap().into(),

@@ -34,139 +34,139 @@ rund_rt_agent_start:
     mov ebx, 1
     rund_call 39                    # getpid
     cmp eax, 1
-    jne .Lrund_not_started
+    jne .Lagent_not_started
     # With an argument, that directory is the root from here on.
     test r14, r14
-    jz .Lrund_open
+    jz .Lagent_open
     mov rdi, r14
     rund_call 80                    # chdir
     test eax, eax
-    js .Lrund_fail
-    lea rdi, [rip + .Lrund_here]
-    lea rsi, [rip + .Lrund_root]
+    js .Lagent_fail
+    lea rdi, [rip + .Lagent_here]
+    lea rsi, [rip + .Lagent_root]
     xor edx, edx
     mov r10d, 8192                  # MS_MOVE
     xor r8d, r8d
     rund_call 165                   # mount
     test eax, eax
-    js .Lrund_fail
-    lea rdi, [rip + .Lrund_here]
+    js .Lagent_fail
+    lea rdi, [rip + .Lagent_here]
     rund_call 161                   # chroot
     test eax, eax
-    js .Lrund_fail
-    lea rdi, [rip + .Lrund_root]
+    js .Lagent_fail
+    lea rdi, [rip + .Lagent_root]
     rund_call 80
 
-.Lrund_open:
+.Lagent_open:
     # r12: the kernel's entropy, r13: the program's standard input.
-    lea rdi, [rip + .Lrund_urandom]
+    lea rdi, [rip + .Lagent_urandom]
     mov esi, 0x80002                # O_RDWR | O_CLOEXEC
     rund_call 2                     # open
     test eax, eax
-    js .Lrund_fail
+    js .Lagent_fail
     mov r12d, eax
-    lea rdi, [rip + .Lrund_null]
+    lea rdi, [rip + .Lagent_null]
     mov esi, 0x80000                # O_RDONLY | O_CLOEXEC
     rund_call 2
     test eax, eax
-    js .Lrund_fail
+    js .Lagent_fail
     mov r13d, eax
 
     mov esi, USUAL
-    call .Lrund_map
+    call .Lagent_map
     mov edi, 1
-    lea rsi, [rip + .Lrund_ready]
+    lea rsi, [rip + .Lagent_ready]
     mov edx, 11
     rund_call 1                     # write
     mov rsi, rsp
     mov edx, 8
-    call .Lrund_read
+    call .Lagent_read
     mov rbx, [rsp]
     cmp rbx, USUAL
-    jbe .Lrund_room
+    jbe .Lagent_room
     mov rsi, rbx
-    call .Lrund_map
-.Lrund_room:
+    call .Lagent_map
+.Lagent_room:
     mov rsi, r15
     mov rdx, rbx
-    call .Lrund_read
+    call .Lagent_read
 
     # Its own name, time and entropy. One that cannot have them does not run.
     mov rdi, [r15 + HOST_NAME]
     mov rsi, [r15 + HOST_NAME + 8]
     rund_call 170                   # sethostname
     test eax, eax
-    js .Lrund_fail
+    js .Lagent_fail
     xor edi, edi                    # CLOCK_REALTIME
     lea rsi, [r15 + NOW]
     rund_call 227                   # clock_settime
     test eax, eax
-    js .Lrund_fail
+    js .Lagent_fail
     mov edi, r12d
     mov esi, 0x40085203             # RNDADDENTROPY
     lea rdx, [r15 + ENTROPY]
     rund_call 16                    # ioctl
     test eax, eax
-    js .Lrund_fail
+    js .Lagent_fail
     # What was added is used a minute later at the earliest (drivers/char/random.c): now, rather.
     mov edi, r12d
     mov esi, 0x5207                 # RNDRESEEDCRNG
     xor edx, edx
     rund_call 16
     test eax, eax
-    js .Lrund_fail
+    js .Lagent_fail
 
     mov rbp, [r15 + INPUT + 8]
     test rbp, rbp
-    jz .Lrund_begin
-    lea rdi, [rip + .Lrund_input]
+    jz .Lagent_begin
+    lea rdi, [rip + .Lagent_input]
     mov esi, 1                      # MFD_CLOEXEC
     rund_call 319                   # memfd_create
     test eax, eax
-    js .Lrund_fail
+    js .Lagent_fail
     mov r13d, eax
     mov rsi, [r15 + INPUT]
     mov rdx, rbp
     mov edi, r13d
-    call .Lrund_write
+    call .Lagent_write
     mov edi, r13d
     xor esi, esi
     xor edx, edx
     rund_call 8                     # lseek
 
-.Lrund_begin:
-    lea rsi, [rip + .Lrund_begins]
+.Lagent_begin:
+    lea rsi, [rip + .Lagent_begins]
     mov edx, 11
     mov edi, 1
-    call .Lrund_write
+    call .Lagent_write
     rund_call 58                    # vfork: nothing below may use the stack until exec
     test eax, eax
-    js .Lrund_fail
-    jz .Lrund_child
+    js .Lagent_fail
+    jz .Lagent_child
     mov ebx, eax
-.Lrund_wait:
+.Lagent_wait:
     mov edi, -1
     lea rsi, [rsp + 8]
     xor edx, edx
     xor r10d, r10d
     rund_call 61                    # wait4: of those that lost their parents, too
     test eax, eax
-    js .Lrund_fail
+    js .Lagent_fail
     cmp eax, ebx
-    jne .Lrund_wait
+    jne .Lagent_wait
 
     mov rsi, [r15 + END]
     mov rdx, [r15 + END + 8]
     mov edi, 1
-    call .Lrund_write
+    call .Lagent_write
     mov ecx, [rsp + 8]
     mov eax, ecx
     shr eax, 8
     and eax, 255
     and ecx, 127
-    jz .Lrund_digits
+    jz .Lagent_digits
     lea eax, [rcx + 128]
-.Lrund_digits:
+.Lagent_digits:
     mov ecx, 10
     xor edx, edx
     div ecx
@@ -182,21 +182,21 @@ rund_rt_agent_start:
     lea rsi, [rsp + 16]
     mov edx, 4
     mov edi, 1
-    call .Lrund_write
+    call .Lagent_write
     # Without ACPI there is no power to switch off: a reset ends QEMU, if the host has not yet. What
     # is still in the line's buffer has to leave it first.
     mov edi, 1
     mov esi, 0x5409                 # TCSBRK, with 1: drain
     mov edx, 1
     rund_call 16
-.Lrund_fail:
+.Lagent_fail:
     mov edi, 0xfee1dead
     mov esi, 672274793
     mov edx, 0x01234567
     rund_call 169                   # reboot
     ud2
 
-.Lrund_child:
+.Lagent_child:
     mov edi, r13d
     xor esi, esi
     rund_call 33                    # dup2
@@ -204,29 +204,29 @@ rund_rt_agent_start:
     mov rdi, [r15 + CWD]
     rund_call 80                    # chdir
     test eax, eax
-    js .Lrund_not_started
+    js .Lagent_not_started
     mov ebx, 127
     mov r14, [r15 + PATHS]
-.Lrund_next:
+.Lagent_next:
     mov rdi, [r14]
     test rdi, rdi
-    jz .Lrund_not_started
+    jz .Lagent_not_started
     mov rsi, [r15 + ARGV]
     mov rdx, [r15 + ENVP]
     rund_call 59                    # execve
     add r14, 8
     cmp eax, -2                     # ENOENT
-    je .Lrund_next
+    je .Lagent_next
     cmp eax, -20                    # ENOTDIR
-    je .Lrund_next
+    je .Lagent_next
     mov ebx, 126
-    jmp .Lrund_next
-.Lrund_not_started:
+    jmp .Lagent_next
+.Lagent_not_started:
     mov edi, ebx
     rund_call 231                   # exit_group
 
 # Room for rsi bytes at the block, all of it there at once.
-.Lrund_map:
+.Lagent_map:
     mov rdi, r15
     mov edx, 3                      # PROT_READ | PROT_WRITE
     mov r10d, 0x8032                # MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_POPULATE
@@ -234,43 +234,43 @@ rund_rt_agent_start:
     xor r9d, r9d
     rund_call 9                     # mmap
     cmp rax, r15
-    jne .Lrund_fail
+    jne .Lagent_fail
     ret
 
 # rdx bytes of standard input to rsi.
-.Lrund_read:
+.Lagent_read:
     xor edi, edi
     rund_call 0                     # read
     test rax, rax
-    jle .Lrund_fail
+    jle .Lagent_fail
     add rsi, rax
     sub rdx, rax
-    jnz .Lrund_read
+    jnz .Lagent_read
     ret
 
 # rdx bytes at rsi to descriptor edi.
-.Lrund_write:
+.Lagent_write:
     rund_call 1
     test rax, rax
-    jle .Lrund_fail
+    jle .Lagent_fail
     add rsi, rax
     sub rdx, rax
-    jnz .Lrund_write
+    jnz .Lagent_write
     ret
 
-.Lrund_urandom:
+.Lagent_urandom:
     .asciz "/dev/urandom"
-.Lrund_null:
+.Lagent_null:
     .asciz "/dev/null"
-.Lrund_here:
+.Lagent_here:
     .asciz "."
-.Lrund_root:
+.Lagent_root:
     .asciz "/"
-.Lrund_input:
+.Lagent_input:
     .asciz "input"
-.Lrund_ready:
+.Lagent_ready:
     .ascii "RUND-READY\n"
-.Lrund_begins:
+.Lagent_begins:
     .ascii "RUND-BEGIN\n"
     .globl rund_rt_agent_end
     .hidden rund_rt_agent_end
