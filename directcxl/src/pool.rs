@@ -195,18 +195,19 @@ impl Pool {
                 name: name.to_owned(),
             }),
         };
-        let takes_long = options.populate || options.contents == Contents::Zeroed;
-        let held = shared.write(|writer| {
+        let (held, is_made) = shared.write(|writer| {
             is_new(writer)?;
             writer.room_for_one_more()?;
             let extent = writer.find(length)?;
+            let takes_long = options.populate
+                || (options.contents == Contents::Zeroed && !writer.clear(extent)?);
             if takes_long {
-                writer.reserve(extent, name)
+                Ok((writer.reserve(extent, name)?, false))
             } else {
-                writer.create(extent, name)
+                Ok((writer.create(extent, name)?, true))
             }
         })?;
-        if !takes_long {
+        if is_made {
             return Ok(Namespace { inner: held });
         }
         let made = (|| {

@@ -7,7 +7,8 @@
 //! Nobody else gets it meanwhile. The lease is in memory before the entry, and the entry before this
 //! host looks whether it still writes: whoever claims a later epoch afterwards finds both (see
 //! [`crate::take_over`]), and what is in quarantine under a lease is not given away. If one has claimed
-//! before, nothing is filled. Of a process that is killed the lease ends, and what it had reserved is
+//! before, nothing is filled. A pool of one host, whose memory can be given back, needs none of this
+//! for zeroes: they are there at once, under the kernel's lock. Of a process that is killed the lease ends, and what it had reserved is
 //! reclaimed as anything else in quarantine. Only an eviction ends the lease of one that lives: it is
 //! somebody's word that none does.
 
@@ -28,6 +29,16 @@ impl Writer<'_> {
         let generation = held.generation;
         self.append(Operation::Quarantined { generation, extent })?;
         Ok(held)
+    }
+
+    /// Makes a free extent read as zero, where that takes no time and no other host can have it by now;
+    /// whether it does.
+    pub(crate) fn clear(&self, extent: Extent) -> Result<bool> {
+        // The lock keeps it free on this host only.
+        if self.shared.log.superblock.hosts > 1 {
+            return Ok(false);
+        }
+        self.shared.backend.discard(extent.range())
     }
 
     /// Makes a namespace at once, of which nothing takes long. The lease comes first: whoever removes it
