@@ -2,6 +2,8 @@
 //! leaves one state or the next.
 
 use std::cmp::Ordering;
+use std::ops::Range;
+use std::sync::atomic::{self, AtomicBool};
 
 use crate::catalog::Catalog;
 use crate::error::{Error, Result};
@@ -25,6 +27,8 @@ pub(crate) struct Log {
     pub(crate) superblock: Superblock,
     pub(crate) seed: Seed,
     pub(crate) place: String,
+    /// Whether no other host writes, and all that one ever wrote was read.
+    is_alone: AtomicBool,
 }
 
 /// How far a log has been read, and what it said.
@@ -86,7 +90,22 @@ impl Log {
             superblock,
             seed: superblock.seed(),
             place,
+            is_alone: AtomicBool::new(false),
         }
+    }
+
+    /// From now on only this host writes here: its processes see each other's stores as they are, and
+    /// what it has in its caches is what is there.
+    pub(crate) fn is_only_this_hosts(&self) {
+        self.is_alone.store(true, atomic::Ordering::Relaxed);
+    }
+
+    /// Makes what other hosts have written visible.
+    fn acquire(&self, range: Range<u64>, step: Step) -> Result<()> {
+        if self.is_alone.load(atomic::Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.medium.invalidate(range, step)
     }
 
     fn corrupt(&self, what: impl Into<String>) -> Error {
@@ -98,7 +117,7 @@ impl Log {
         let at = self.superblock.area(host) + RECORDS[copy];
         let mut bytes = [0; Record::SIZE];
         let line = at..at + Record::SIZE as u64;
-        self.medium.invalidate(line, Step::AcquireRecord)?;
+        self.acquire(line, Step::AcquireRecord)?;
         self.medium.load(at, &mut bytes)?;
         let record = Record::decode(&bytes, self.seed);
         Ok(record.filter(|record| record.host == host))
@@ -164,7 +183,7 @@ impl Log {
     /// Reads the entry at `index` of a record's arena, if there is one.
     pub(crate) fn read(&self, record: &Record, index: u64) -> Result<Option<Read>> {
         let at = self.superblock.entry(record.host, record.turn, index);
-        self.medium.invalidate(at..at + ENTRY, Step::AcquireEntry)?;
+        self.acquire(at..at + ENTRY, Step::AcquireEntry)?;
         let sequence = record.first_sequence.saturating_add(index);
         let mut found = None;
         let mut damaged = [true; 2];
@@ -374,7 +393,7 @@ impl Log {
         let sequence = record.first_sequence.saturating_add(index).to_le_bytes();
         for at in [at, at + HALF] {
             let mut number = [0; 8];
-            self.medium.invalidate(at..at + 8, Step::AcquireEntry)?;
+            self.acquire(at..at + 8, Step::AcquireEntry)?;
             self.medium.load(at, &mut number)?;
             if number == sequence {
                 return Ok(true);
@@ -389,7 +408,7 @@ impl Log {
         let mut bytes = vec![0; (end.saturating_sub(index) * ENTRY) as usize];
         let at = self.superblock.entry(record.host, record.turn, index);
         let range = at..at + bytes.len() as u64;
-        self.medium.invalidate(range, Step::AcquireEntry)?;
+        self.acquire(range, Step::AcquireEntry)?;
         self.medium.load(at, &mut bytes)?;
         let (halves, _) = bytes.as_chunks::<{ HALF as usize }>();
         for (i, half) in halves.iter().enumerate() {

@@ -164,6 +164,9 @@ impl Pool {
         pool.shared.log.refresh(&mut locked(&pool.shared.state))?;
         if pool.shared.epoch.is_some() {
             pool.repair()?;
+            if superblock.hosts == 1 {
+                pool.shared.log.is_only_this_hosts();
+            }
         }
         Ok(pool)
     }
