@@ -170,7 +170,7 @@ fn a_reader_that_has_seen_enough_ends_it_without_a_word() {
 fn an_interrupt_ends_it_at_once_and_leaves_the_pool_as_it_was() {
     use nix::fcntl::{FcntlArg, fcntl};
     use nix::sys::signal::{Signal, kill};
-    use std::os::unix::process::ExitStatusExt;
+    use std::os::unix::process::{CommandExt, ExitStatusExt};
     let shell = Shell::new();
     shell.run(0, "format POOL --size 32M");
     let file = std::fs::OpenOptions::new()
@@ -188,12 +188,17 @@ fn an_interrupt_ends_it_at_once_and_leaves_the_pool_as_it_was() {
     };
     fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_directcxl"))
-            .arg("create")
-            .arg(shell.pool())
-            .args(["a", "2M"])
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_directcxl"));
+        command.arg("create").arg(shell.pool()).args(["a", "2M"]);
+        // Whoever starts the tests may ignore signals, as shells do for what runs in the background.
+        let by_default = move || {
+            // SAFETY: the default action has no handler.
+            unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) }?;
+            Ok(())
+        };
+        // SAFETY: one call of the kernel's.
+        unsafe { command.pre_exec(by_default) };
+        let mut child = command.spawn().unwrap();
         std::thread::sleep(std::time::Duration::from_millis(300));
         assert!(child.try_wait().unwrap().is_none());
         let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
