@@ -65,22 +65,17 @@ impl Writer<'_> {
 
     /// Refuses where the log is full; what is in quarantine is looked at first.
     pub(crate) fn room_for_one_more(&mut self) -> Result<()> {
-        let most = most(&self.shared.log.superblock);
-        if self.state.catalog.weight() >= most {
-            self.reclaim()?;
-        }
-        let used = self.state.catalog.weight();
-        if used >= most {
-            return Err(Error::LogFull { used, most });
-        }
-        Ok(())
+        self.room_within(most(&self.shared.log.superblock))
     }
 
     /// As [`Writer::room_for_one_more`], with the quarter of the arena that stays free otherwise: for an
     /// eviction, since leases of a dead host may be all that the log is full of, and for what is given
     /// back at once. One entry stays for what is freed.
     pub(crate) fn room_for_a_last_one(&mut self) -> Result<()> {
-        let most = self.shared.log.superblock.entries.saturating_sub(1);
+        self.room_within(self.shared.log.superblock.entries.saturating_sub(1))
+    }
+
+    fn room_within(&mut self, most: u64) -> Result<()> {
         if self.state.catalog.weight() >= most {
             self.reclaim()?;
         }
